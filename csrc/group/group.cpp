@@ -1,0 +1,211 @@
+#include "group/group.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdlib>
+
+#include "base/error.h"
+#include "memory/segment_cpu.h"
+
+namespace sglang_symm {
+
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kMinArena = 64 << 10;
+constexpr size_t kMaxSlot = 2 << 20;  // a round of two ranks stays in their second- and third-level caches
+
+size_t slot_bytes_for(size_t arena_bytes) {
+  return std::clamp(arena_bytes / 16 / kPage * kPage, kPage, kMaxSlot);
+}
+
+double parse_seconds(const std::string& key, const std::string& value) {
+  char* end = nullptr;
+  const double seconds = std::strtod(value.c_str(), &end);
+  if (value.empty() || *end != 0 || !(seconds > 0) || seconds > 1e6) {
+    fail(ErrorKind::argument, key, "='", value, "', expected seconds: a number above 0, at most 1000000");
+  }
+  return seconds;
+}
+
+bool parse_flag(const std::string& key, const std::string& value) {
+  if (value == "1" || value == "true") return true;
+  if (value == "0" || value == "false") return false;
+  fail(ErrorKind::argument, key, "='", value, "', expected 0 or 1");
+}
+
+std::string json_string(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    if (static_cast<unsigned char>(c) >= 0x20) out += c;
+  }
+  return out + '"';
+}
+
+}  // namespace
+
+void GroupConfig::apply(const std::vector<std::string>& settings) {
+  for (const std::string& setting : settings) {
+    const size_t equals = setting.find('=');
+    const std::string key = setting.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "" : setting.substr(equals + 1);
+    if (key == "timeout") {
+      deadlines.seconds = parse_seconds(key, value);
+    } else if (key == "first_timeout") {
+      deadlines.first_seconds = parse_seconds(key, value);
+    } else if (key == "algo") {
+      agreed.forced = parse_algorithm(value);
+    } else if (key == "pinned") {
+      agreed.pinned = parse_flag(key, value);
+    } else if (key == "strict") {
+      strict = parse_flag(key, value);
+    } else {
+      fail(ErrorKind::argument, "unknown setting '", setting,
+           "', expected timeout, first_timeout, algo, pinned or strict");
+    }
+  }
+}
+
+Group::Group(const GroupConfig& config) : config_(config) {
+  if (config.name.empty() || config.name.size() > 100) {
+    fail(ErrorKind::argument, "group name of ", config.name.size(), " characters, expected 1 to 100");
+  }
+  if (!config.symmetric) return;
+  if (config.arena_bytes < kMinArena) {
+    fail(ErrorKind::argument, "an arena of ", config.arena_bytes, " bytes for group '", config.name,
+         "', expected at least ", kMinArena, " (arena_bytes, SGLANG_SYMM_ARENA_BYTES)");
+  }
+  const size_t arena_bytes = (config.arena_bytes + kPage - 1) / kPage * kPage;
+  slot_bytes_ = slot_bytes_for(arena_bytes);
+  const std::string settings =
+      cat("arena_bytes=", arena_bytes, " slot_bytes=", slot_bytes_, " ", to_string(config.agreed));
+  rendezvous_ = std::make_unique<Rendezvous>(Identity{config.name, config.rank, config.world_size, settings});
+  auto segment = SegmentCpu::create(arena_bytes, "sglang_symm arena " + config.name);
+  segment->prefault(0, 2 * slot_bytes_);
+  arena_ = std::make_shared<Arena>(std::move(segment), ArenaLayout{2 * slot_bytes_, arena_bytes, 64}, config.rank);
+  signal_ = std::make_unique<SignalCpu>(config.name, config.rank, config.world_size, config.deadlines);
+}
+
+Group::~Group() {
+  watcher_.reset();
+  if (arena_) ArenaRegistry::instance().retire(arena_.get());
+}
+
+std::string Group::address() const {
+  if (!rendezvous_) fail(ErrorKind::argument, "group '", config_.name, "' has no symmetric memory, hence no address");
+  return rendezvous_->address();
+}
+
+void Group::connect(const std::vector<std::string>& addresses) {
+  if (!rendezvous_ || cpu_) fail(ErrorKind::argument, "group '", config_.name, "' is connected already");
+  const Deadline deadline(config_.deadlines.first_seconds);
+  std::vector<Peer> peers = rendezvous_->connect(addresses, {signal_->fd(), arena_->fd()}, deadline);
+  for (Peer& peer : peers) {
+    signal_->attach(peer.rank, std::move(peer.fds[0]));
+    auto segment = SegmentCpu::import(std::move(peer.fds[1]), arena_->bytes());
+    segment->prefault(0, 2 * slot_bytes_);
+    arena_->attach(peer.rank, std::move(segment));
+    peer.fds.clear();
+  }
+  rendezvous_.reset();
+  ArenaRegistry::instance().add(arena_);
+  cpu_ = std::make_unique<CollectivesCpu>(*arena_, *signal_, rank(), world_size(), slot_bytes_, best_cpu_path());
+  SignalCpu* signal = signal_.get();
+  watcher_ = std::make_unique<Watcher>(
+      std::move(peers), [signal](int peer, pid_t pid, PeerEvent event) { signal->on_peer(peer, pid, event); });
+}
+
+CollectivesCpu& Group::cpu() {
+  if (!cpu_) {
+    fail(ErrorKind::argument, "group '", config_.name,
+         "' has no symmetric memory (communicator 'process_group'), or is ", "not connected yet");
+  }
+  return *cpu_;
+}
+
+void Group::check() const {
+  if (signal_) signal_->check();
+}
+
+void* Group::allocate_output(size_t bytes, bool required) {
+  void* block = arena_ ? arena_->allocate(bytes) : nullptr;
+  if (block == nullptr && arena_ && (required || config_.strict))
+    throw Error(ErrorKind::out_of_memory, describe_full(bytes));
+  (block != nullptr ? counters.outputs_inside : counters.outputs_outside).fetch_add(1, std::memory_order_relaxed);
+  return block;
+}
+
+std::string Group::describe_full(size_t bytes) const {
+  const ArenaStats s = arena_->stats();
+  return cat("sglang_symm: the arena of group '", config_.name, "' on rank ", rank(), " is full: asked for ", bytes,
+             " bytes, free ", s.free_bytes, ", largest free block ", s.largest_free_bytes, ", heap ", s.heap_bytes,
+             ", arena ", s.arena_bytes,
+             ". A larger one: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");
+}
+
+std::string Group::info_json() const {
+  std::string by_algorithm;
+  for (int i = 0; i < kAlgorithms; i++) {
+    by_algorithm += cat(i == 0 ? "" : ", ", "\"", name(static_cast<Algorithm>(i)),
+                        "\": ", counters.by_algorithm[static_cast<size_t>(i)].load());
+  }
+  const std::string broken = failure();
+  const ArenaStats s = arena_ ? arena_->stats() : ArenaStats{};
+  return cat(
+      "{\"name\": ", json_string(config_.name), ", \"device\": ", json_string(config_.device), ", \"rank\": ", rank(),
+      ", \"world_size\": ", world_size(), ", \"communicator\": \"", symmetric() ? "symm" : "process_group",
+      "\", \"broken\": ", broken.empty() ? "null" : json_string(broken), ", \"calls\": ", counters.calls.load(),
+      ", \"calls_by_algorithm\": {", by_algorithm, "}, \"outputs_inside\": ", counters.outputs_inside.load(),
+      ", \"outputs_outside\": ", counters.outputs_outside.load(), ", \"memory\": {\"arena_bytes\": ", s.arena_bytes,
+      ", \"heap_bytes\": ", s.heap_bytes, ", \"allocated_bytes\": ", s.allocated_bytes,
+      ", \"peak_bytes\": ", s.peak_bytes, ", \"free_bytes\": ", s.free_bytes,
+      ", \"largest_free_bytes\": ", s.largest_free_bytes, ", \"live_blocks\": ", s.live_blocks,
+      "}, \"settings\": {\"timeout\": ", config_.deadlines.seconds,
+      ", \"first_timeout\": ", config_.deadlines.first_seconds, ", \"strict\": ", config_.strict ? "true" : "false",
+      ", \"slot_bytes\": ", slot_bytes_, ", \"agreed\": ", json_string(to_string(config_.agreed)), "}}");
+}
+
+GroupRegistry& GroupRegistry::instance() {
+  static auto* registry = new GroupRegistry();  // never destroyed: ops may run while the process exits
+  return *registry;
+}
+
+void GroupRegistry::add(std::shared_ptr<Group> group) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& other : groups_) {
+    if (other->config().name == group->config().name) {
+      fail(ErrorKind::argument, "there is a group '", group->config().name,
+           "' in this process already; destroy() it first");
+    }
+  }
+  groups_.push_back(std::move(group));
+}
+
+std::shared_ptr<Group> GroupRegistry::find(const std::string& name) const {
+  const std::lock_guard lock(mutex_);
+  std::string known;
+  for (const auto& group : groups_) {
+    if (group->config().name == name) return group;
+    known += (known.empty() ? "" : ", ") + group->config().name;
+  }
+  fail(ErrorKind::argument, "no group '", name,
+       "' in this process (never made, or destroyed). Groups here: ", known.empty() ? "none" : known);
+}
+
+std::shared_ptr<Group> GroupRegistry::remove(const std::string& name) {
+  const std::shared_ptr<Group> group = find(name);
+  const std::lock_guard lock(mutex_);
+  groups_.erase(std::remove(groups_.begin(), groups_.end(), group), groups_.end());
+  return group;
+}
+
+std::vector<std::string> GroupRegistry::names() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::string> names;
+  for (const auto& group : groups_) names.push_back(group->config().name);
+  return names;
+}
+
+}  // namespace sglang_symm

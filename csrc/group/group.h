@@ -1,0 +1,105 @@
+// A group: an ordered set of ranks that communicate. It has a name, an arena, pads, a watcher, counters.
+//
+//   listen()   this rank's arena, pad and socket        ->  an address, exchanged through the store (in Python)
+//   connect()  collective: peers' segments are mapped, the watcher starts
+//   calls      serialised by `order`; a group's calls are ordered
+//   ~Group     says `bye`; the arena lives on until its last tensor is freed
+//
+// A group of communicator `process_group` has none of these but the name: its ops fall back to torch.distributed.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "collective/choose.h"
+#include "collective/collectives_cpu.h"
+#include "memory/arena.h"
+#include "rendezvous/peers.h"
+#include "signal/signal_cpu.h"
+
+namespace sglang_symm {
+
+struct GroupConfig {
+  std::string name;
+  std::string device = "cpu";
+  int rank = 0;
+  int world_size = 1;
+  size_t arena_bytes = 0;
+  std::string process_group;  // c10d name, for fallbacks; empty for none
+  bool symmetric = true;      // communicator: symm or process_group
+  bool strict = false;        // a full arena is an error instead of ordinary memory
+  Deadlines deadlines;
+  Agreed agreed;
+
+  // Reads "key=value" pairs: timeout, first_timeout, algo, pinned, strict. An unknown key or a bad value is an error.
+  void apply(const std::vector<std::string>& settings);
+};
+
+struct Counters {
+  std::atomic<uint64_t> calls{0};
+  std::array<std::atomic<uint64_t>, kAlgorithms> by_algorithm{};
+  std::atomic<uint64_t> outputs_inside{0};
+  std::atomic<uint64_t> outputs_outside{0};
+  std::atomic<bool> warned_full{false};
+};
+
+class Group {
+ public:
+  explicit Group(const GroupConfig& config);
+  ~Group();
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  std::string address() const;
+  void connect(const std::vector<std::string>& addresses);
+
+  const GroupConfig& config() const { return config_; }
+  bool symmetric() const { return config_.symmetric; }
+  int rank() const { return config_.rank; }
+  int world_size() const { return config_.world_size; }
+  const std::shared_ptr<Arena>& arena() const { return arena_; }
+  CollectivesCpu& cpu();  // raises before connect() and for process_group
+  std::string failure() const { return signal_ ? signal_->failure() : ""; }
+  void check() const;
+
+  // One call at a time; held for the whole of a call.
+  std::mutex order;
+  Counters counters;
+
+  // A block for an op's output, or nullptr when it must be ordinary memory (full, or no arena). Counts it. In strict
+  // mode, and for `required`, a full arena raises ErrorKind::out_of_memory instead.
+  void* allocate_output(size_t bytes, bool required);
+  // The sentence of a full arena.
+  std::string describe_full(size_t bytes) const;
+  std::string info_json() const;
+
+ private:
+  GroupConfig config_;
+  size_t slot_bytes_ = 0;
+  std::shared_ptr<Arena> arena_;
+  std::unique_ptr<SignalCpu> signal_;
+  std::unique_ptr<Rendezvous> rendezvous_;
+  std::unique_ptr<Watcher> watcher_;  // calls signal_: destroyed first, hence declared after it
+  std::unique_ptr<CollectivesCpu> cpu_;
+};
+
+// The groups of this process by name.
+class GroupRegistry {
+ public:
+  static GroupRegistry& instance();
+  void add(std::shared_ptr<Group> group);
+  std::shared_ptr<Group> find(const std::string& name) const;  // raises, naming the groups that there are
+  std::shared_ptr<Group> remove(const std::string& name);
+  std::vector<std::string> names() const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<std::shared_ptr<Group>> groups_;
+};
+
+}  // namespace sglang_symm

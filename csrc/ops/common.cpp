@@ -1,0 +1,187 @@
+#include "ops/common.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+
+namespace sglang_symm::ops {
+
+void rethrow(const Error& error) {
+  switch (error.kind()) {
+    case ErrorKind::argument:
+      C10_THROW_ERROR(ValueError, error.what());
+    case ErrorKind::communication:
+      C10_THROW_ERROR(DistBackendError, error.what());
+    case ErrorKind::out_of_memory:
+      C10_THROW_ERROR(OutOfMemoryError, error.what());
+    default:
+      C10_THROW_ERROR(Error, error.what());
+  }
+}
+
+DType to_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    case at::kDouble:
+      return DType::float64;
+    case at::kChar:
+      return DType::int8;
+    case at::kByte:
+      return DType::uint8;
+    case at::kShort:
+      return DType::int16;
+    case at::kInt:
+      return DType::int32;
+    case at::kLong:
+      return DType::int64;
+    case at::kBool:
+      return DType::boolean;
+    case at::kComplexFloat:
+      return DType::complex64;
+    case at::kComplexDouble:
+      return DType::complex128;
+    default:
+      return DType::other;
+  }
+}
+
+ReduceOp to_reduce_op(const std::string& op) {
+  for (const ReduceOp known : {ReduceOp::sum, ReduceOp::product, ReduceOp::min, ReduceOp::max, ReduceOp::avg}) {
+    if (op == name(known)) return known;
+  }
+  fail(ErrorKind::argument, "reduction '", op, "', expected sum, product, min, max or avg");
+}
+
+std::shared_ptr<Group> group_for(const at::Tensor& x, const std::string& name, const char* op) {
+  std::shared_ptr<Group> group = GroupRegistry::instance().find(name);
+  if (x.device().str() != group->config().device) {
+    fail(ErrorKind::argument, op, ": group '", name, "' is on ", group->config().device, ", the tensor is on ",
+         x.device().str(), " (rank ", group->rank(), ")");
+  }
+  if (x.layout() != at::kStrided) fail(ErrorKind::argument, op, ": expected a strided tensor, got layout ", x.layout());
+  if (x.is_quantized()) fail(ErrorKind::argument, op, ": expected a plain tensor, got a quantized one");
+  group->check();
+  return group;
+}
+
+void count_call(Group& group, Algorithm algorithm) {
+  group.counters.calls.fetch_add(1, std::memory_order_relaxed);
+  group.counters.by_algorithm[static_cast<size_t>(algorithm)].fetch_add(1, std::memory_order_relaxed);
+}
+
+Algorithm choose_for(const Group& group, Descriptor* descriptor, size_t bytes) {
+  descriptor->algorithm = group.symmetric() ? choose(descriptor->op, descriptor->dtype, descriptor->reduce_op(), bytes,
+                                                     group.world_size(), group.config().agreed)
+                                            : Algorithm::process_group;
+  return descriptor->algorithm;
+}
+
+void announce(Group& group, Descriptor descriptor) {
+  if (group.symmetric()) group.cpu().exchange(descriptor);
+}
+
+void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const at::Tensor& out,
+                 const at::Tensor& bias) {
+  if (bias.defined()) descriptor.flags |= Descriptor::kHasBias;
+  // The process group's deadline is its own, hence the mean is a sum and a division here: Gloo has no mean.
+  const bool mean = descriptor.reduce_op() == ReduceOp::avg;
+  const ReduceOp reduction = mean ? ReduceOp::sum : descriptor.reduce_op();
+  descriptor.flags = static_cast<uint8_t>((descriptor.flags & ~7) | static_cast<uint8_t>(reduction));
+  if (mean && !at::isFloatingType(x.scalar_type()) && !at::isComplexType(x.scalar_type())) {
+    fail(ErrorKind::argument, name(descriptor.op), ": avg of ", x.scalar_type(), ", expected a floating dtype");
+  }
+  const bool native = natively_reduced(descriptor.dtype, reduction);
+  const std::lock_guard lock(group.order);
+  const Algorithm algorithm = choose_for(group, &descriptor, x.nbytes());
+  if (native && group.symmetric() && algorithm != Algorithm::process_group) {
+    AllReduceArgs args{x.const_data_ptr(), out.mutable_data_ptr(), static_cast<size_t>(x.numel()), descriptor.dtype};
+    if (bias.defined()) {
+      args.bias = bias.const_data_ptr();
+      args.bias_length = static_cast<size_t>(bias.numel());
+    }
+    group.cpu().all_reduce(descriptor, args);
+  } else {
+    announce(group, descriptor);
+    const at::Tensor sum = group.world_size() == 1 ? x : fallback::all_reduce(group, x, name(reduction));
+    if (!sum.is_same(out)) out.copy_(sum);
+    if (bias.defined()) out.add_(bias);
+  }
+  if (mean) out.div_(group.world_size());
+  count_call(group, algorithm);
+}
+
+void warn_full_once(Group& group, size_t bytes) {
+  if (!group.arena() || group.counters.warned_full.exchange(true)) return;
+  TORCH_WARN(group.describe_full(bytes), ". The tensor gets ordinary memory: right, but slower. Said once; counted in ",
+             "Group.info()['outputs_outside']");
+}
+
+at::Tensor wrap_block(void* block, size_t bytes, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  c10::DataPtr data(
+      block, block, [](void* pointer) { ArenaRegistry::instance().free(pointer); }, options.device());
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data), /*allocator=*/nullptr,
+                       /*resizable=*/false);
+  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(options.computeDispatchKey()), options.dtype());
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return tensor;
+}
+
+at::Tensor empty_output(Group& group, at::IntArrayRef sizes, const at::TensorOptions& options, bool symmetric) {
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  if (symmetric && group.arena() && bytes != 0) {
+    if (void* block = group.allocate_output(bytes, /*required=*/false)) return wrap_block(block, bytes, sizes, options);
+    warn_full_once(group, bytes);
+  } else if (bytes != 0) {
+    group.counters.outputs_outside.fetch_add(1, std::memory_order_relaxed);
+  }
+  return at::empty(sizes, options);
+}
+
+namespace fallback {
+
+namespace {
+
+// Boxed calls: the schema's names and types are stable over torch versions, the C++ signatures are not.
+template <class... Args>
+at::Tensor call(Group& group, const char* op, Args&&... args) {
+  if (group.config().process_group.empty()) {
+    fail(ErrorKind::argument, op, ": group '", group.config().name, "' has no process group to fall back to");
+  }
+  try {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    torch::jit::Stack stack;
+    (stack.emplace_back(std::forward<Args>(args)), ...);
+    stack.emplace_back(group.config().process_group);
+    dispatcher.findSchemaOrThrow(cat("_c10d_functional::", op).c_str(), "").callBoxed(&stack);
+    torch::jit::Stack pending{stack.at(0)};
+    dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "").callBoxed(&pending);
+    return pending.at(0).toTensor();
+  } catch (const c10::Error& error) {
+    fail(ErrorKind::communication, "group '", group.config().name, "', rank ", group.rank(), " of ", group.world_size(),
+         ": ", op, " through the process group failed: ", error.what_without_backtrace(),
+         ". Is a rank dead or late, or did the ranks call different ops? destroy() the group and create it again");
+  }
+}
+
+}  // namespace
+
+at::Tensor all_reduce(Group& group, const at::Tensor& x, const std::string& op) {
+  return call(group, "all_reduce", x, op);
+}
+
+at::Tensor all_gather_equal(Group& group, const at::Tensor& x) {
+  return call(group, "all_gather_into_tensor", x, int64_t{group.world_size()});
+}
+
+void broadcast_(Group& group, const at::Tensor& x, int64_t src) {
+  call(group, "broadcast_", x, src);
+}
+
+}  // namespace fallback
+
+}  // namespace sglang_symm::ops

@@ -1,0 +1,59 @@
+// What every op needs: the group behind a name, checks of tensors, outputs in symmetric memory, errors as PyTorch's.
+// This floor alone includes torch headers.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <memory>
+#include <string>
+
+#include "base/error.h"
+#include "group/group.h"
+
+namespace sglang_symm::ops {
+
+// Rethrows an Error of the core as ValueError, DistBackendError, OutOfMemoryError or RuntimeError.
+[[noreturn]] void rethrow(const Error& error);
+
+// Runs `body`, translating the core's errors. Every op's entry goes through it.
+template <class Body>
+auto guarded(const Body& body) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    rethrow(error);
+  }
+}
+
+DType to_dtype(at::ScalarType type);
+ReduceOp to_reduce_op(const std::string& op);
+
+// The group, found by name, healthy, and on x's device.
+std::shared_ptr<Group> group_for(const at::Tensor& x, const std::string& name, const char* op);
+
+// out = sum over ranks of x (+ bias), by the algorithm that the descriptor's op, dtype and `count` lead to. x and out
+// are contiguous and equal in size, and may be one tensor; bias is [bias_length] or undefined. Takes the group's order
+// lock.
+void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const at::Tensor& out,
+                 const at::Tensor& bias = {});
+
+// Sends the descriptor first, so that a disagreement is found although the process group does the work.
+void announce(Group& group, Descriptor descriptor);
+Algorithm choose_for(const Group& group, Descriptor* descriptor, size_t bytes);
+void count_call(Group& group, Algorithm algorithm);
+
+// A contiguous tensor in the group's arena; ordinary memory, counted and warned of once, when it is full.
+at::Tensor empty_output(Group& group, at::IntArrayRef sizes, const at::TensorOptions& options, bool symmetric = true);
+// A tensor over a block of an arena; the block is freed with it.
+at::Tensor wrap_block(void* block, size_t bytes, at::IntArrayRef sizes, const at::TensorOptions& options);
+// A full arena under use_symmetric_memory or in an output: one warning a group.
+void warn_full_once(Group& group, size_t bytes);
+
+// The process group's collectives (Gloo, NCCL), found through torch's own functional ops by the c10d name.
+namespace fallback {
+at::Tensor all_reduce(Group& group, const at::Tensor& x, const std::string& op);
+at::Tensor all_gather_equal(Group& group, const at::Tensor& x);  // [n, ...] -> [P n, ...]
+void broadcast_(Group& group, const at::Tensor& x, int64_t src);
+}  // namespace fallback
+
+}  // namespace sglang_symm::ops

@@ -1,0 +1,161 @@
+// y = sum over ranks of x_r @ w_r^T (+ bias): the reference, the CPU version, and the compositions with a norm.
+#include "ops/common.h"
+#include "ops/ops.h"
+
+namespace sglang_symm::ops {
+
+namespace {
+
+struct Shapes {
+  int64_t rows, columns;
+  std::vector<int64_t> output;  // x's with N in place of K
+};
+
+Shapes checked_shapes(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                      const char* op) {
+  if (x.dim() < 1 || weight.dim() != 2 || x.size(-1) != weight.size(1)) {
+    fail(ErrorKind::argument, op, ": expected x [..., K/P] and weight [N, K/P], got x ", x.sizes(), " and weight ",
+         weight.sizes());
+  }
+  if (weight.scalar_type() != x.scalar_type() || weight.device() != x.device()) {
+    fail(ErrorKind::argument, op, ": expected x and weight of one dtype and device, got ", x.scalar_type(), " on ",
+         x.device().str(), " and ", weight.scalar_type(), " on ", weight.device().str());
+  }
+  if (!at::isFloatingType(x.scalar_type())) {
+    fail(ErrorKind::argument, op, ": expected a floating dtype, got ", x.scalar_type());
+  }
+  if (bias && bias->defined()) {
+    if (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->scalar_type() != x.scalar_type() ||
+        bias->device() != x.device()) {
+      fail(ErrorKind::argument, op, ": expected bias [", weight.size(0), "] of ", x.scalar_type(), " on ",
+           x.device().str(), " (the whole of it on every rank), got ", bias->sizes(), " of ", bias->scalar_type(),
+           " on ", bias->device().str());
+    }
+  }
+  std::vector<int64_t> output = x.sizes().vec();
+  output.back() = weight.size(0);
+  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)));
+  return {rows, weight.size(0), output};
+}
+
+Descriptor describe(OpCode op, const at::Tensor& x, const Shapes& shapes) {
+  Descriptor descriptor;
+  descriptor.op = op;
+  descriptor.dtype = to_dtype(x.scalar_type());
+  descriptor.count = static_cast<uint64_t>(shapes.rows);
+  descriptor.aux = static_cast<uint32_t>(shapes.columns);
+  return descriptor;
+}
+
+at::Tensor defined_bias(const std::optional<at::Tensor>& bias) {
+  return bias && bias->defined() ? bias->contiguous() : at::Tensor();
+}
+
+// The library's GEMM writes straight into `out`, in symmetric memory when there is room; then it is reduced in place.
+void linear_into(Group& group, OpCode op, const at::Tensor& x, const at::Tensor& weight,
+                 const std::optional<at::Tensor>& bias, const Shapes& shapes, const at::Tensor& out) {
+  at::Tensor rows = out.view({shapes.rows, shapes.columns});
+  at::mm_out(rows, x.reshape({shapes.rows, x.size(-1)}), weight.t());
+  reduce_into(group, describe(op, x, shapes), out, out, defined_bias(bias));
+}
+
+// y = weight * round(h / sqrt(mean(h^2) + eps)), fp32 inside, as Hugging Face's LlamaRMSNorm.
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& sum, const at::Tensor& residual,
+                                                const at::Tensor& weight, double eps) {
+  const at::Tensor hidden = sum + residual;
+  const at::Tensor wide = hidden.to(at::kFloat);
+  const at::Tensor scale = at::rsqrt(wide.pow(2).mean(-1, /*keepdim=*/true) + eps);
+  return {weight * (wide * scale).to(hidden.scalar_type()), hidden};
+}
+
+void check_norm(const at::Tensor& residual, const at::Tensor& norm_weight, at::IntArrayRef expected,
+                at::ScalarType dtype, const char* op) {
+  if (residual.sizes() != expected || norm_weight.dim() != 1 || expected.empty() ||
+      norm_weight.size(0) != expected.back() || residual.scalar_type() != dtype || norm_weight.scalar_type() != dtype) {
+    fail(ErrorKind::argument, op, ": expected residual ", expected, " and norm weight [",
+         expected.empty() ? 0 : expected.back(), "] of ", dtype, ", got ", residual.sizes(), " of ",
+         residual.scalar_type(), " and ", norm_weight.sizes(), " of ", norm_weight.scalar_type());
+  }
+}
+
+}  // namespace
+
+at::Tensor row_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                               const std::string& name, bool symmetric, bool /*static_weight*/) {
+  return guarded([&] {
+    at::AutoDispatchBelowAutograd below;
+    const Shapes shapes = checked_shapes(x, weight, bias, "row_parallel_linear");
+    auto group = group_for(x, name, "row_parallel_linear");
+    at::Tensor out = empty_output(*group, shapes.output, x.options(), symmetric);
+    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out);
+    return out;
+  });
+}
+
+void row_parallel_linear_out(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             const std::string& name, at::Tensor& out) {
+  guarded([&] {
+    at::AutoDispatchBelowAutograd below;
+    const Shapes shapes = checked_shapes(x, weight, bias, "row_parallel_linear_out");
+    if (out.sizes() != at::IntArrayRef(shapes.output) || out.scalar_type() != x.scalar_type() ||
+        out.device() != x.device() || !out.is_contiguous()) {
+      fail(ErrorKind::argument, "row_parallel_linear_out: expected a contiguous out ", at::IntArrayRef(shapes.output),
+           " of ", x.scalar_type(), " on ", x.device().str(), ", got ", out.sizes(), " of ", out.scalar_type(), " on ",
+           out.device().str(), out.is_contiguous() ? "" : ", not contiguous");
+    }
+    auto group = group_for(x, name, "row_parallel_linear_out");
+    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out);
+  });
+}
+
+// What the fast versions are checked against: every rank's rounded partial is gathered, summed in fp32 in rank order
+// with the bias last, and rounded once.
+at::Tensor row_parallel_linear_reference(const at::Tensor& x, const at::Tensor& weight,
+                                         const std::optional<at::Tensor>& bias, const std::string& name) {
+  at::AutoDispatchBelowAutograd below;
+  const Shapes shapes = guarded([&] { return checked_shapes(x, weight, bias, "row_parallel_linear_reference"); });
+  const at::Tensor partial = at::linear(x, weight).reshape({1, shapes.rows * shapes.columns});
+  const at::Tensor partials = all_gather(partial, name, 0, std::nullopt);
+  at::Tensor sum = partials[0].to(at::kFloat);
+  for (int64_t r = 1; r < partials.size(0); r++) sum = sum + partials[r].to(at::kFloat);
+  sum = sum.view(shapes.output);
+  if (bias && bias->defined()) sum = sum + bias->to(at::kFloat);
+  return sum.to(x.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor> all_reduce_add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
+                                                           const at::Tensor& weight, double eps,
+                                                           const std::string& name) {
+  return guarded([&] {
+    at::AutoDispatchBelowAutograd below;
+    check_norm(residual, weight, x.sizes(), x.scalar_type(), "all_reduce_add_rms_norm");
+    auto group = group_for(x, name, "all_reduce_add_rms_norm");
+    Descriptor descriptor;
+    descriptor.op = OpCode::all_reduce_add_rms_norm;
+    descriptor.dtype = to_dtype(x.scalar_type());
+    descriptor.flags = Descriptor::kResidual;
+    descriptor.count = static_cast<uint64_t>(x.numel());
+    const at::Tensor sum = empty_output(*group, x.sizes(), x.options());
+    reduce_into(*group, descriptor, x.contiguous(), sum);
+    return add_rms_norm(sum, residual, weight, eps);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(const at::Tensor& x, const at::Tensor& weight,
+                                                                    const std::optional<at::Tensor>& bias,
+                                                                    const at::Tensor& residual,
+                                                                    const at::Tensor& norm_weight, double eps,
+                                                                    const std::string& name, bool /*static_weight*/) {
+  return guarded([&] {
+    at::AutoDispatchBelowAutograd below;
+    const char* op = "row_parallel_linear_add_rms_norm";
+    const Shapes shapes = checked_shapes(x, weight, bias, op);
+    check_norm(residual, norm_weight, shapes.output, x.scalar_type(), op);
+    auto group = group_for(x, name, op);
+    const at::Tensor sum = empty_output(*group, shapes.output, x.options());
+    linear_into(*group, OpCode::row_parallel_linear_add_rms_norm, x, weight, bias, shapes, sum);
+    return add_rms_norm(sum, residual, norm_weight, eps);
+  });
+}
+
+}  // namespace sglang_symm::ops

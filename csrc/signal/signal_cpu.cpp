@@ -1,0 +1,173 @@
+#include "signal/signal_cpu.h"
+
+#include <sched.h>
+
+#include "base/error.h"
+
+namespace sglang_symm {
+
+namespace {
+
+int usable_cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+std::string ranks_of(uint32_t mask) {
+  std::string text;
+  for (int r = 0; r < kMaxWorldSize; r++) {
+    if ((mask >> r & 1) != 0) text += (text.empty() ? "" : ", ") + std::to_string(r);
+  }
+  return text;
+}
+
+}  // namespace
+
+SignalCpu::SignalCpu(std::string group, int rank, int world_size, const Deadlines& deadlines)
+    : group_(std::move(group)),
+      rank_(rank),
+      world_size_(world_size),
+      deadlines_(deadlines),
+      policy_(WaitPolicy::for_ranks(world_size, usable_cores())),
+      own_(SegmentCpu::create(segment_bytes(), "sglang_symm pad " + group_)) {
+  pads_[static_cast<size_t>(rank)] = reinterpret_cast<Pad*>(own_->data());  // zero-filled: epoch 0 was never a call
+}
+
+void SignalCpu::attach(int peer, Fd fd) {
+  auto& segment = peers_[static_cast<size_t>(peer)];
+  segment = SegmentCpu::import(std::move(fd), segment_bytes());
+  pads_[static_cast<size_t>(peer)] = reinterpret_cast<Pad*>(segment->data());
+}
+
+Call SignalCpu::start(const Descriptor& descriptor, uint64_t offset_in, uint64_t offset_out) {
+  if (record().state.load(std::memory_order_acquire) != AbortRecord::kEmpty) check();
+  const Call call{++epoch_, descriptor};
+  for (int step = 1; step < world_size_; step++) {  // the next rank first: not everybody writes to rank 0 at once
+    Header& header = pad((rank_ + step) % world_size_)->from[rank_].header[call.parity()];
+    header.offset_in = offset_in;
+    header.offset_out = offset_out;
+    header.descriptor = descriptor;
+    header.epoch.store(call.epoch, std::memory_order_release);
+  }
+  return call;
+}
+
+template <class Present>
+void SignalCpu::await(const Call& call, const Present& present) {
+  for (int step = 1; step < world_size_; step++) {
+    const int peer = (rank_ + step) % world_size_;
+    int64_t end_ns = 0;
+    const double seconds = call.epoch == 1 ? deadlines_.first_seconds : deadlines_.seconds;
+    const auto give_up = [&] {
+      if (record().state.load(std::memory_order_acquire) != AbortRecord::kEmpty) return true;
+      if ((left_.load(std::memory_order_acquire) >> peer & 1) != 0) return true;
+      if (end_ns == 0) end_ns = now_ns() + static_cast<int64_t>(seconds * 1e9);
+      return now_ns() >= end_ns;
+    };
+    if (wait_until(
+            policy_, [&] { return present(peer); }, give_up))
+      continue;
+
+    AbortRecord what{};
+    what.kind = (left_.load(std::memory_order_acquire) >> peer & 1) != 0 ? AbortKind::left : AbortKind::missing;
+    for (int r = 0; r < world_size_; r++) {
+      const bool counts = what.kind == AbortKind::missing || (left_.load(std::memory_order_acquire) >> r & 1) != 0;
+      if (r != rank_ && counts && !present(r)) what.culprits |= 1u << r;
+    }
+    what.epoch = call.epoch;
+    what.seconds = seconds;
+    what.expected = call.descriptor;
+    report(what);
+    check();
+  }
+}
+
+void SignalCpu::arrive(const Call& call) {
+  await(call, [&](int peer) { return header(call, peer).epoch.load(std::memory_order_acquire) == call.epoch; });
+  const auto descriptor_of = [&](int r) { return r == rank_ ? call.descriptor : header(call, r).descriptor; };
+  const Descriptor reference = descriptor_of(0);
+  for (int r = 1; r < world_size_; r++) {
+    if (descriptor_of(r) == reference) continue;
+    AbortRecord what{};  // every rank sees the same headers, hence reports the same
+    what.kind = AbortKind::disagree;
+    what.culprits = 1u << r;
+    what.epoch = call.epoch;
+    what.expected = reference;
+    what.got = descriptor_of(r);
+    report(what);
+    check();
+  }
+}
+
+void SignalCpu::finish(const Call& call) {
+  for (int step = 1; step < world_size_; step++) {
+    pad((rank_ + step) % world_size_)->from[rank_].done.store(call.epoch, std::memory_order_release);
+  }
+  await(call, [&](int peer) { return pad(rank_)->from[peer].done.load(std::memory_order_acquire) >= call.epoch; });
+}
+
+void SignalCpu::on_peer(int peer, pid_t pid, PeerEvent event) {
+  if (event == PeerEvent::left) {
+    // No death: an error only for somebody who waits for it.
+    left_.fetch_or(1u << peer, std::memory_order_release);
+    return;
+  }
+  AbortRecord what{};
+  what.kind = AbortKind::died;
+  what.culprits = 1u << peer;
+  what.pid = static_cast<uint64_t>(pid);
+  report(what);
+}
+
+void SignalCpu::report(const AbortRecord& what) {
+  AbortRecord& target = record();
+  uint32_t state = AbortRecord::kEmpty;
+  if (!target.state.compare_exchange_strong(state, AbortRecord::kBeingWritten, std::memory_order_acq_rel)) return;
+  target.kind = what.kind;
+  target.reporter = static_cast<uint32_t>(rank_);
+  target.culprits = what.culprits;
+  target.epoch = what.epoch;
+  target.pid = what.pid;
+  target.seconds = what.seconds;
+  target.expected = what.expected;
+  target.got = what.got;
+  target.state.store(AbortRecord::kComplete, std::memory_order_release);
+}
+
+std::string SignalCpu::failure() const {
+  const AbortRecord& found = record();
+  if (found.state.load(std::memory_order_acquire) == AbortRecord::kEmpty) return "";
+  // Its writer needs nanoseconds; should it have died in between, what is there still tells more than nothing.
+  const Deadline patience(1.0);
+  while (found.state.load(std::memory_order_acquire) != AbortRecord::kComplete && !patience.passed()) sched_yield();
+  return describe(found);
+}
+
+void SignalCpu::check() const {
+  const std::string sentence = failure();
+  if (!sentence.empty()) throw Error(ErrorKind::communication, sentence);
+}
+
+std::string SignalCpu::describe(const AbortRecord& found) const {
+  const std::string head = cat("sglang_symm: group '", group_, "' (", world_size_, " ranks) is broken: ");
+  const std::string tail = ". destroy() the group and create it again to go on";
+  const std::string who = ranks_of(found.culprits);
+  switch (found.kind) {
+    case AbortKind::disagree:
+      return cat(head, "ranks disagree in call ", found.epoch, ": rank 0 called ", to_string(found.expected), ", rank ",
+                 who, " called ", to_string(found.got),
+                 ". Every rank of a group makes the same calls in the same order", tail);
+    case AbortKind::died:
+      return cat(head, "rank ", who, " died (process ", found.pid, " ended without destroying the group)", tail);
+    case AbortKind::left:
+      return cat(head, "rank(s) ", who, " left: destroyed the group or exited before call ", found.epoch, ", ",
+                 to_string(found.expected), ", in which rank ", found.reporter, " waits for them", tail);
+    default:
+      return cat(
+          head, "rank(s) ", who, " did not arrive within ", found.seconds, " s in call ", found.epoch, ", ",
+          to_string(found.expected), ", in which rank ", found.reporter, " waits for them. Stopped, stuck or on ",
+          "another code path? A longer deadline: timeout=, SGLANG_SYMM_TIMEOUT, SGLANG_SYMM_FIRST_TIMEOUT", tail);
+  }
+}
+
+}  // namespace sglang_symm

@@ -1,0 +1,75 @@
+// The protocol of a call between CPU processes: headers, done flags, the abort record.
+//
+//   start     write my header into every peer's pad        (raises first if the group is broken)
+//   arrive    wait for every peer's header, compare descriptors with the lowest rank's
+//   finish    tell every peer that I touch its memory no more, wait until all have said so (two-shot, direct)
+//
+// Any wait that fails writes the abort record: the first to do so wins, and every rank raises the same sentence from
+// it.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <string>
+
+#include "memory/segment_cpu.h"
+#include "rendezvous/peers.h"
+#include "signal/pad.h"
+#include "signal/wait.h"
+
+namespace sglang_symm {
+
+struct Deadlines {
+  double first_seconds = 600;  // a group's first call: peers may still be importing or compiling
+  double seconds = 60;
+};
+
+struct Call {
+  uint64_t epoch;
+  Descriptor descriptor;
+  int parity() const { return static_cast<int>(epoch & 1); }
+};
+
+class SignalCpu {
+ public:
+  SignalCpu(std::string group, int rank, int world_size, const Deadlines& deadlines);
+  int fd() const { return own_->fd(); }
+  static size_t segment_bytes() { return (sizeof(Pad) + 4095) / 4096 * 4096; }
+  void attach(int peer, Fd fd);
+
+  Call start(const Descriptor& descriptor, uint64_t offset_in, uint64_t offset_out);
+  void arrive(const Call& call);
+  void finish(const Call& call);
+  // A peer's header of this call; valid after arrive().
+  const Header& header(const Call& call, int peer) const { return pad(rank_)->from[peer].header[call.parity()]; }
+
+  // From the watcher's thread.
+  void on_peer(int peer, pid_t pid, PeerEvent event);
+  // The sentence of the group's failure, empty while it is healthy.
+  std::string failure() const;
+  void check() const;  // raises failure()
+  uint64_t epoch() const { return epoch_; }
+  int next_parity() const { return static_cast<int>((epoch_ + 1) & 1); }
+
+ private:
+  Pad* pad(int rank) const { return pads_[static_cast<size_t>(rank)]; }
+  AbortRecord& record() const { return pad(0)->abort; }
+  template <class Present>
+  void await(const Call& call, const Present& present);
+  void report(const AbortRecord& what);
+  std::string describe(const AbortRecord& record) const;
+
+  std::string group_;
+  int rank_;
+  int world_size_;
+  Deadlines deadlines_;
+  WaitPolicy policy_;
+  std::unique_ptr<SegmentCpu> own_;
+  std::array<std::unique_ptr<SegmentCpu>, kMaxWorldSize> peers_;
+  std::array<Pad*, kMaxWorldSize> pads_{};
+  uint64_t epoch_ = 0;
+  std::atomic<uint32_t> left_{0};  // bit r: rank r said bye
+};
+
+}  // namespace sglang_symm
