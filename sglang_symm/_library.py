@@ -136,7 +136,7 @@ def load_or_defer() -> None:
         return
     import torch
 
-    torch.ops.sglang_symm = _Unavailable(str(error))
+    torch.ops.__dict__["sglang_symm"] = _Unavailable(str(error))
 
 
 class _Unavailable:

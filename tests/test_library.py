@@ -124,9 +124,10 @@ def test_what_fits_and_what_does_not(built: dict[str, str], have: dict[str, str]
 
 
 def test_the_command_names_the_checkout_or_the_torch_that_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    have = {"torch": "2.15.0", "cuda": None, "python": "3.12"}
+    have = {"torch": "2.15.0", "cuda": None}
     monkeypatch.setattr(_library, "FOLDER", tmp_path / "sglang_symm")
     assert 'install "torch==2.11.*"' in _library.mend({"torch": "2.11.0+cu130"}, have)
+    assert "--force-reinstall" in _library.mend({"torch": "2.15.1"}, have)
     (tmp_path / "setup.py").touch()
     assert f"-e {tmp_path}" in _library.mend({"torch": "2.11.0+cu130"}, have)
     assert 'install "torch==2.11.*"' in _library.mend({"torch": "2.11.0"}, {"torch": None})
