@@ -53,16 +53,14 @@ class Part:
         self.folder.mkdir(parents=True)
         env = {**os.environ, **self.env, "SGLANG_SYMM_TEST_RESULTS": str(self.folder)}
         start = time.monotonic()
-        # A session of its own, so that a hang ends with all its ranks.
+        # A session of its own: what it started ends with it.
         process = subprocess.Popen(self.command, cwd=ROOT, env=env, start_new_session=True)
         try:
             status = process.wait(self.limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status, self.note = process.wait(), f"did not end within {self.limit:.0f} s"
+            status, self.note = stop(process), f"did not end within {self.limit:.0f} s"
         except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            stop(process)
             raise
         self.seconds = time.monotonic() - start
         self.count()
@@ -94,6 +92,16 @@ class Part:
         self.failed = sum("failures" in test for test in tests)
         self.skipped = sum(test["result"] == "SKIPPED" or test["status"] == "NOTRUN" for test in tests)
         self.passed = len(tests) - self.failed - self.skipped
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """End a part. torchrun's ranks lie in sessions of their own and only it knows them, so it is asked first."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.wait(60)  # torchrun itself gives its ranks 30 s
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
 
 
 def has_gtest() -> bool:
