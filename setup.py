@@ -16,12 +16,15 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
+# The newer form of project.license is an error to the setuptools of a fresh virtual environment.
+warnings.filterwarnings("ignore", message=".*project.license")
 ROOT = Path(__file__).resolve().parent
 # Files with these endings need CUDA's headers or compiler.
 CUDA_ENDINGS = ("_cuda.cpp", "_nccl.cpp", ".cu")

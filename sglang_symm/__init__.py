@@ -7,15 +7,49 @@ native library cannot be loaded, the first use of an operator says why. The name
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._library import LibraryError, load_or_defer
 from ._version import __version__
 
-# Public name -> module that defines it.
-_EXPORTS: dict[str, str] = {}
+if TYPE_CHECKING:
+    from .distributed import (
+        Group,
+        ParallelState,
+        destroy_model_parallel,
+        get_parallel_state,
+        initialize_model_parallel,
+    )
+    from .layers import RowParallelLinear
+    from .memory import empty, use_symmetric_memory
+    from .model_runner import ModelRunner
 
-__all__ = ["LibraryError", "__version__", *_EXPORTS]
+__all__ = [
+    "LibraryError",
+    "__version__",
+    "Group",
+    "ParallelState",
+    "initialize_model_parallel",
+    "get_parallel_state",
+    "destroy_model_parallel",
+    "empty",
+    "use_symmetric_memory",
+    "RowParallelLinear",
+    "ModelRunner",
+]
+
+# Public name -> module that defines it.
+_EXPORTS = {
+    "Group": ".distributed",
+    "ParallelState": ".distributed",
+    "initialize_model_parallel": ".distributed",
+    "get_parallel_state": ".distributed",
+    "destroy_model_parallel": ".distributed",
+    "empty": ".memory",
+    "use_symmetric_memory": ".memory",
+    "RowParallelLinear": ".layers",
+    "ModelRunner": ".model_runner",
+}
 
 load_or_defer()
 

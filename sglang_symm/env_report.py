@@ -209,6 +209,8 @@ def render(report: dict[str, Any]) -> str:
             return "none"
         if isinstance(value, bool):
             return "yes" if value else "no"
+        if isinstance(value, list) and isinstance(value[0], dict):  # the GPUs
+            return ("\n" + " " * 24).join(f"{index}: {show(item)}" for index, item in enumerate(value))
         if isinstance(value, list):
             return ", ".join(show(item) for item in value)
         if isinstance(value, dict):

@@ -28,6 +28,14 @@ def test_the_text_shows_every_part() -> None:
         assert word in text
 
 
+def test_the_text_has_a_line_for_each_gpu() -> None:
+    gpu = {"name": "H100", "memory_gib": 79.6, "capability": "9.0", "peers": [1], "nvlink": []}
+    report = {"sglang_symm": __version__, "cuda": {"gpus": [gpu, gpu]}, "settings": {}}
+    text = env_report.render(report)
+    assert "0: name H100, memory_gib 79.6, capability 9.0, peers 1, nvlink none\n" in text
+    assert "1: name H100" in text
+
+
 def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("no such machine")
