@@ -4,17 +4,46 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "base/error.h"
 
 namespace sglang_symm {
 
 namespace {
+
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+
+// Bytes that this process may still take: the host's available memory, and its control group's limit if it has one.
+// A memfd has no size limit of its own: backing more than there is would wake the OOM killer instead of failing.
+size_t available_bytes() {
+  size_t available = SIZE_MAX;
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string line; std::getline(meminfo, line);) {
+    unsigned long kib = 0;
+    if (sscanf(line.c_str(), "MemAvailable: %lu kB", &kib) == 1) available = size_t{kib} * 1024;
+  }
+  size_t limit = 0, used = 0;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && std::ifstream("/sys/fs/cgroup/memory.current") >> used) {
+    available = std::min(available, limit > used ? limit - used : 0);
+  }
+  return available;
 }
 
+}  // namespace
+
 std::unique_ptr<SegmentCpu> SegmentCpu::create(size_t bytes, const std::string& label) {
+  if (const size_t available = available_bytes(); bytes > available) {
+    fail(ErrorKind::out_of_memory, "shared memory of ", bytes, " bytes, but this host has ", available,
+         " bytes to give. Make the arena smaller (arena_bytes, SGLANG_SYMM_ARENA_BYTES)");
+  }
   std::unique_ptr<SegmentCpu> segment(new SegmentCpu());
   segment->fd_ = Fd(memfd_create(label.substr(0, 200).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!segment->fd_) fail_errno("memfd_create");
@@ -46,15 +75,37 @@ std::unique_ptr<SegmentCpu> SegmentCpu::import(Fd fd, size_t bytes) {
   return segment;
 }
 
-void SegmentCpu::map(int fd, size_t bytes) {
-  void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (address == MAP_FAILED) fail_errno(cat("mmap of ", bytes, " bytes"));
-  data_ = static_cast<std::byte*>(address);
-  bytes_ = bytes;
-}
+struct SegmentCpu::Mapping {
+  Mapping(int fd, size_t bytes_mapped)
+      : data(mmap(nullptr, bytes_mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)), bytes(bytes_mapped) {
+    if (data == MAP_FAILED) fail_errno(cat("mmap of ", bytes, " bytes"));
+  }
+  ~Mapping() { munmap(data, bytes); }
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
 
-SegmentCpu::~SegmentCpu() {
-  if (data_ != nullptr) munmap(data_, bytes_);
+  void* data;
+  size_t bytes;
+};
+
+void SegmentCpu::map(int fd, size_t bytes) {
+  struct Known {
+    std::mutex mutex;
+    std::map<std::pair<dev_t, ino_t>, std::weak_ptr<Mapping>> mappings;
+  };
+  static auto* known = new Known();  // never destroyed: arenas may be unmapped while the process exits
+  struct stat status;
+  if (fstat(fd, &status) != 0) fail_errno("fstat of a segment");
+  const std::lock_guard lock(known->mutex);
+  std::erase_if(known->mappings, [](const auto& entry) { return entry.second.expired(); });
+  auto& entry = known->mappings[{status.st_dev, status.st_ino}];
+  mapping_ = entry.lock();
+  if (!mapping_) {
+    mapping_ = std::make_shared<Mapping>(fd, bytes);
+    entry = mapping_;
+  }
+  data_ = static_cast<std::byte*>(mapping_->data);
+  bytes_ = bytes;
 }
 
 void SegmentCpu::prefault([[maybe_unused]] size_t offset, [[maybe_unused]] size_t bytes) {

@@ -1,0 +1,209 @@
+#include "group/group.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+
+#include "ranks.h"
+
+namespace sglang_symm {
+namespace {
+
+using testing::all_reduce;
+using testing::describe;
+using testing::expect_no_errors;
+using testing::run_ranks;
+using testing::value;
+
+constexpr Algorithm kNative[] = {Algorithm::one_shot, Algorithm::two_shot, Algorithm::two_shot_direct};
+
+TEST(Group, AllReduceIsRightForEveryWorldSizeCountAndAlgorithm) {
+  for (const int world : {1, 2, 3, 5, 16}) {
+    expect_no_errors(run_ranks(world, [&](Group& group) {
+      for (const Algorithm algorithm : kNative) {
+        for (const size_t count : {0, 1, 63, 64, 1000, 16384, 16385, 40000}) {  // a slot of 64 KiB holds 16384
+          std::vector<float> x(count);
+          for (size_t i = 0; i < count; i++) x[i] = value(group.rank(), i);
+          all_reduce(group, algorithm, x);
+          for (size_t i = 0; i < count; i++) {
+            float expected = 0;
+            for (int r = 0; r < world; r++) expected += value(r, i);
+            if (x[i] != expected) throw std::runtime_error(cat(name(algorithm), " count ", count, " element ", i));
+          }
+        }
+      }
+    }));
+  }
+}
+
+TEST(Group, RanksWhoseTensorsLieInTheArenaAndOutsideGiveTheSameSum) {
+  expect_no_errors(run_ranks(3, [&](Group& group) {
+    constexpr size_t kCount = 50000;
+    std::vector<float> outside(kCount);
+    const bool inside = group.rank() != 1;
+    float* x = inside ? static_cast<float*>(group.arena()->allocate(kCount * sizeof(float))) : outside.data();
+    for (int repeat = 0; repeat < 20; repeat++) {
+      for (size_t i = 0; i < kCount; i++) x[i] = value(group.rank(), i + static_cast<size_t>(repeat));
+      group.cpu().all_reduce(describe(OpCode::all_reduce, Algorithm::two_shot_direct, DType::float32, kCount),
+                             {x, x, kCount, DType::float32});
+      for (size_t i = 0; i < kCount; i++) {
+        float expected = 0;
+        for (int r = 0; r < 3; r++) expected += value(r, i + static_cast<size_t>(repeat));
+        if (x[i] != expected) throw std::runtime_error(cat("repeat ", repeat, " element ", i));
+      }
+    }
+    if (inside) group.arena()->free(x);
+  }));
+}
+
+TEST(Group, ReduceScatterAllGatherAndBroadcastMoveUnevenParts) {
+  for (const Algorithm algorithm : {Algorithm::one_shot, Algorithm::two_shot_direct}) {
+    expect_no_errors(run_ranks(3, [&](Group& group) {
+      const std::vector<size_t> sizes{40000, 0, 17};
+      const size_t me = static_cast<size_t>(group.rank());
+      const size_t total = 40017;
+      std::vector<float> in(total), out(sizes[me]);
+      for (size_t i = 0; i < total; i++) in[i] = value(group.rank(), i);
+      group.cpu().reduce_scatter(describe(OpCode::reduce_scatter, algorithm, DType::float32, total), in.data(),
+                                 out.data(), sizes);
+      const size_t begin = me == 2 ? 40000 : 0;
+      for (size_t i = 0; i < sizes[me]; i++) {
+        const float expected = value(0, begin + i) + value(1, begin + i) + value(2, begin + i);
+        if (out[i] != expected) throw std::runtime_error(cat("reduce_scatter element ", i));
+      }
+      std::vector<size_t> bytes;
+      for (const size_t n : sizes) bytes.push_back(n * sizeof(float));
+      std::vector<float> all(total);
+      group.cpu().all_gather(describe(OpCode::all_gather, algorithm, DType::float32, total), out.data(), all.data(),
+                             bytes);
+      for (size_t i = 0; i < total; i++) {
+        const float expected = value(0, i) + value(1, i) + value(2, i);
+        if (all[i] != expected) throw std::runtime_error(cat("all_gather element ", i));
+      }
+      for (int src = 0; src < 3; src++) {
+        std::vector<float> data(30000, static_cast<float>(group.rank()));
+        group.cpu().broadcast(describe(OpCode::broadcast, algorithm, DType::float32, data.size()), data.data(),
+                              data.size() * sizeof(float), src);
+        for (const float x : data) {
+          if (x != static_cast<float>(src)) throw std::runtime_error("broadcast");
+        }
+      }
+    }));
+  }
+}
+
+TEST(Group, ManyCallsOfMixedAlgorithmsNeverReadAnOldSlot) {
+  expect_no_errors(run_ranks(2, [&](Group& group) {
+    std::vector<float> x(257);
+    for (int call = 0; call < 3000; call++) {
+      for (size_t i = 0; i < x.size(); i++) x[i] = static_cast<float>(call * (group.rank() + 1));
+      all_reduce(group, kNative[call % 3], x);
+      for (const float y : x) {
+        if (y != static_cast<float>(call * 3)) throw std::runtime_error(cat("call ", call, ": ", y));
+      }
+    }
+  }));
+}
+
+TEST(Group, DisagreeingRanksRaiseTheSameSentence) {
+  const auto errors = run_ranks(3, [&](Group& group) {
+    std::vector<float> x(group.rank() == 1 ? 3 : 4);
+    all_reduce(group, Algorithm::one_shot, x);
+  });
+  EXPECT_NE(errors[0].find("rank 0 called all_reduce(float32, 4 elements, sum), rank 1 called all_reduce(float32, 3 "),
+            std::string::npos)
+      << errors[0];
+  EXPECT_EQ(errors[0], errors[1]);
+  EXPECT_EQ(errors[0], errors[2]);
+}
+
+TEST(Group, AMissingRankIsNamedAtTheDeadlineAndFindsTheSentenceItself) {
+  const auto errors = run_ranks(
+      3,
+      [&](Group& group) {
+        std::vector<float> x(4);
+        all_reduce(group, Algorithm::one_shot, x);
+        if (group.rank() == 2) {
+          const Deadline patience(20);
+          while (group.failure().empty() && !patience.passed()) std::this_thread::yield();
+        }
+        all_reduce(group, Algorithm::two_shot, x);
+      },
+      [](GroupConfig& config) {
+        config.deadlines = {5, 0.2};
+      });
+  EXPECT_NE(errors[0].find("rank(s) 2 did not arrive within 0.2 s in call 2"), std::string::npos) << errors[0];
+  EXPECT_EQ(errors[0], errors[1]);
+  EXPECT_EQ(errors[0], errors[2]);
+}
+
+TEST(Group, ARankThatLeftIsNoDeathUntilSomebodyWaitsForIt) {
+  std::vector<std::string> addresses(2);
+  std::barrier together(2);
+  std::string error;
+  std::thread leaver([&] {
+    Group group(testing::small_config(1, 2));
+    addresses[1] = group.address();
+    together.arrive_and_wait();
+    group.connect(addresses);
+    std::vector<float> x(4);
+    all_reduce(group, Algorithm::one_shot, x);
+  });
+  Group group(testing::small_config(0, 2));
+  addresses[0] = group.address();
+  together.arrive_and_wait();
+  group.connect(addresses);
+  std::vector<float> x(4);
+  all_reduce(group, Algorithm::one_shot, x);
+  leaver.join();
+  EXPECT_EQ(group.failure(), "");
+  const int64_t start = now_ns();
+  try {
+    all_reduce(group, Algorithm::one_shot, x);
+    FAIL() << "the peer has left";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("rank(s) 1 left"), std::string::npos) << e.what();
+  }
+  EXPECT_LT(now_ns() - start, int64_t{5} * 1'000'000'000) << "leaving is noticed before the deadline of 20 s";
+}
+
+TEST(Group, AnOffsetOutsideOfTheArenaIsRefused) {
+  const auto errors = run_ranks(2, [&](Group& group) {
+    // A rank whose header lies: the reader must not follow it.
+    std::vector<float> x(1 << 16);
+    all_reduce(group, Algorithm::one_shot, x);
+    group.cpu().broadcast(describe(OpCode::broadcast, Algorithm::one_shot, DType::float32, 4), x.data(), 16,
+                          group.rank() == 0 ? 1 : 0);  // both think that the other is the source: no offset was sent
+  });
+  EXPECT_NE(errors[0].find("outside of its arena"), std::string::npos) << errors[0];
+}
+
+TEST(GroupConfig, NamesAnUnknownSettingAndABadValue) {
+  GroupConfig config;
+  EXPECT_THROW(config.apply({"speed=11"}), Error);
+  EXPECT_THROW(config.apply({"timeout=-1"}), Error);
+  EXPECT_THROW(config.apply({"timeout=soon"}), Error);
+  EXPECT_THROW(config.apply({"pinned=perhaps"}), Error);
+  config.apply({"timeout=1.5", "first_timeout=3", "algo=two_shot", "pinned=1", "strict=1"});
+  EXPECT_EQ(config.deadlines.seconds, 1.5);
+  EXPECT_EQ(config.agreed.forced, Algorithm::two_shot);
+}
+
+TEST(GroupRegistry, NamesTheGroupsThatThereAre) {
+  GroupConfig config = testing::small_config(0, 1);
+  config.name = "registry-test";
+  config.symmetric = false;
+  GroupRegistry::instance().add(std::make_shared<Group>(config));
+  EXPECT_THROW(GroupRegistry::instance().add(std::make_shared<Group>(config)), Error);
+  try {
+    GroupRegistry::instance().find("nowhere");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("registry-test"), std::string::npos);
+  }
+  GroupRegistry::instance().remove("registry-test");
+  EXPECT_THROW(GroupRegistry::instance().find("registry-test"), Error);
+}
+
+}  // namespace
+}  // namespace sglang_symm
