@@ -1,5 +1,6 @@
 # Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
-"""Ranks that are threads of one process, with groups that add in rank order: layers and models run without the native library.
+"""Ranks that are threads of one process, with groups that add in rank order: layers and models run without the native
+library.
 
 `run_threads(layout, body)` calls `body(state)` once a rank, each with a real ParallelState over `ThreadGroup`s.
 """
@@ -80,7 +81,13 @@ class FakeOps:
         self.local = threading.local()
 
     def row_parallel_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, group: str, symmetric: bool = True, static_weight: bool = False
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        group: str,
+        symmetric: bool = True,
+        static_weight: bool = False,
     ) -> Tensor:
         mine: ThreadGroup = self.local.groups[group]
         mine.calls.append(f"row_parallel_linear symmetric={symmetric}")
