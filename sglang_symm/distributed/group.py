@@ -1,0 +1,537 @@
+"""Group: an ordered set of ranks that communicate."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+
+from sglang_symm import _library
+from sglang_symm.distributed.rendezvous import (
+    ERROR_PREFIX,
+    Meeting,
+    default_store,
+    host_identity,
+    members_text,
+    new_process_group,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+SYMM = "symm"
+PROCESS_GROUP = "process_group"
+ALGORITHMS = ("auto", "one_shot", "two_shot", "two_shot_direct", "process_group")
+MAX_SYMM_WORLD = 16
+_DEFAULT_CPU_ARENA_BYTES = 64 << 20
+
+
+def _env_bool(name: str, default: bool) -> bool:
+    text = os.environ.get(name, "").strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    if text:
+        raise ValueError(f"sglang_symm: expected {name} to be 0 or 1, got {text!r}")
+    return default
+
+
+def _env_number(name: str, default: float) -> float:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"sglang_symm: expected {name} to be a number, got {text!r}") from None
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """How a group behaves; equal on all its members.
+
+    Attributes:
+        arena_bytes: size of the arena on each rank, 0 for the device's default.
+        timeout: seconds that a call waits for its peers. first_timeout: seconds for the creation and the first call.
+        algo: the all-reduce algorithm, ``auto`` to choose by size. pinned: choose independently of the number of
+            tokens.
+        strict: a full arena is torch.OutOfMemoryError instead of ordinary memory with a warning.
+    """
+
+    arena_bytes: int
+    timeout: float
+    first_timeout: float
+    algo: str
+    pinned: bool
+    strict: bool
+
+    @staticmethod
+    def resolve(
+        device: torch.device,
+        *,
+        arena_bytes: int | None = None,
+        timeout: float | None = None,
+        first_timeout: float | None = None,
+        algo: str | None = None,
+        pinned: bool | None = None,
+        strict: bool | None = None,
+    ) -> GroupSettings:
+        """An argument, else its environment variable (SGLANG_SYMM_ARENA_BYTES, ...), else the default. Raises
+        ValueError.
+        """
+        if arena_bytes is None:
+            default_bytes = _DEFAULT_CPU_ARENA_BYTES if device.type == "cpu" else 0
+            arena_bytes = int(_env_number("SGLANG_SYMM_ARENA_BYTES", default_bytes))
+        if timeout is None:
+            timeout = _env_number("SGLANG_SYMM_TIMEOUT", 60.0)
+        if first_timeout is None:
+            first_timeout = _env_number("SGLANG_SYMM_FIRST_TIMEOUT", 600.0)
+        if algo is None:
+            algo = os.environ.get("SGLANG_SYMM_ALGO", "").strip() or "auto"
+        if pinned is None:
+            pinned = _env_bool("SGLANG_SYMM_PINNED", False)
+        if strict is None:
+            strict = _env_bool("SGLANG_SYMM_STRICT", False)
+        if arena_bytes < 0:
+            raise ValueError(f"sglang_symm: expected arena_bytes >= 0, got {arena_bytes}")
+        if not timeout > 0 or not first_timeout > 0:
+            raise ValueError(
+                f"sglang_symm: expected timeouts > 0 s, got timeout={timeout}, first_timeout={first_timeout}"
+            )
+        if algo not in ALGORITHMS:
+            raise ValueError(f"sglang_symm: expected algo to be one of {', '.join(ALGORITHMS)}, got {algo!r}")
+        return GroupSettings(arena_bytes, float(timeout), float(first_timeout), algo, bool(pinned), bool(strict))
+
+    def native(self) -> list[str]:
+        """As the native library reads them."""
+        return [
+            f"timeout={self.timeout!r}",
+            f"first_timeout={self.first_timeout!r}",
+            f"algo={self.algo}",
+            f"pinned={int(self.pinned)}",
+            f"strict={int(self.strict)}",
+        ]
+
+
+def _decide(configs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What member 0 makes of all members' configurations: a pure function. Raises ValueError naming ranks that
+    differ.
+    """
+    for rank, config in enumerate(configs):
+        if "error" in config:
+            raise ValueError(f"{config['error']} (on rank {rank} of the group)")
+    reference = configs[0]
+    for rank, config in enumerate(configs):
+        for key in ("device", "communicator", "settings"):
+            if config[key] != reference[key]:
+                raise ValueError(
+                    f"sglang_symm: the members of a group disagree about {key}: "
+                    f"rank 0 has {reference[key]}, rank {rank} has {config[key]}"
+                )
+    communicator, note = reference["communicator"], ""
+    if communicator == SYMM and len(configs) > MAX_SYMM_WORLD:
+        communicator = PROCESS_GROUP
+        note = f"its {len(configs)} ranks are more than the {MAX_SYMM_WORLD} that share memory"
+    elif communicator == SYMM and len({config["host"] for config in configs}) > 1:
+        communicator, note = PROCESS_GROUP, "its ranks are on several hosts"
+    return {"communicator": communicator, "note": note}
+
+
+# Groups by unique name, from creation to destroy(): an op finds its group by name, so a Group lives on when its
+# object is forgotten.
+_alive: dict[str, Group] = {}
+
+
+class Group:
+    """An ordered set of ranks that communicate: name, arena, deadlines, health.
+
+    Creating one is collective among its members (others take no part); destroying one is local. Collectives raise
+    torch.distributed.DistBackendError when a member died, does not come within the deadline, or calls something else;
+    then ``destroy()`` and creating the group again works in the same process. Ranks in arguments are ranks in the
+    group.
+
+    Args:
+        process_group: the members, and what serves other dtypes and reductions; default: the whole world. A
+            one-dimensional DeviceMesh
+            stands for its process group.
+        name: begins ``unique_name``; default ``world`` or ``group``.
+        device: where its tensors live; default: ``cpu`` if the process group serves it, else the current CUDA device.
+        communicator: ``symm`` or ``process_group`` (no arena; every op goes through the process group).
+        arena_bytes, timeout, first_timeout, algo, pinned, strict: see GroupSettings; None: environment, else default.
+
+    Attributes:
+        rank_in_group, world_size, ranks (global ranks), unique_name (what ops take), device, communicator, settings.
+        symmetric_memory_enabled: whether ``use_symmetric_memory`` of this group does anything.
+        device_group, cpu_group: torch ProcessGroups of the same members.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: wrong arguments, members that disagree about them, or a process that is no member.
+        torch.distributed.DistBackendError: a member did not come within ``first_timeout`` or failed; the same on all
+        members.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        *,
+        name: str | None = None,
+        device: torch.device | str | None = None,
+        communicator: str = SYMM,
+        arena_bytes: int | None = None,
+        timeout: float | None = None,
+        first_timeout: float | None = None,
+        algo: str | None = None,
+        pinned: bool | None = None,
+        strict: bool | None = None,
+        symmetric_memory_enabled: bool = True,
+    ) -> None:
+        store = default_store()
+        pg = _as_process_group(process_group)
+        if name is None:
+            name = "world" if pg is dist.group.WORLD else "group"
+        self.ranks: list[int] = dist.get_process_group_ranks(pg)
+        self.rank_in_group: int = pg.rank()
+        self.world_size: int = pg.size()
+        self.device: torch.device = _as_device(device, pg)
+        self.device_group: dist.ProcessGroup = pg
+        self.cpu_group: dist.ProcessGroup = pg
+        self.symmetric_memory_enabled: bool = symmetric_memory_enabled
+        self._owned_process_groups: list[dist.ProcessGroup] = []
+        self._owner_pid = os.getpid()
+        self._destroyed = False
+
+        config: dict[str, Any] = {}
+        meeting_timeout = 600.0
+        try:
+            if communicator not in (SYMM, PROCESS_GROUP):
+                raise ValueError(
+                    f"sglang_symm: expected communicator {SYMM!r} or {PROCESS_GROUP!r}, got {communicator!r}"
+                )
+            self.settings = GroupSettings.resolve(
+                self.device,
+                arena_bytes=arena_bytes,
+                timeout=timeout,
+                first_timeout=first_timeout,
+                algo=algo,
+                pinned=pinned,
+                strict=strict,
+            )
+            meeting_timeout = self.settings.first_timeout
+            config = {
+                "device": self.device.type,
+                "communicator": communicator,
+                "settings": [f"arena_bytes={self.settings.arena_bytes}", *self.settings.native()],
+                "host": host_identity(),
+            }
+        except ValueError as error:
+            # Told to the other members rather than raised here: they would wait for this rank in vain.
+            config = {"error": str(error)}
+
+        label = f"{name}[{members_text(self.ranks)}]"
+        meeting = Meeting(store, label, self.rank_in_group, self.world_size, meeting_timeout)
+        decision = meeting.agree(config, _decide)
+        self.communicator: str = decision["communicator"]
+        self.unique_name: str = f"{label}#{meeting.generation}"
+        if decision["note"] and self.rank_in_group == 0:
+            warnings.warn(
+                f"sglang_symm: group {self.unique_name} works through its process group: {decision['note']}",
+                stacklevel=2,
+            )
+        self._create(meeting)
+        if torch.device("cpu") not in pg._device_types:
+            self.cpu_group = new_process_group(
+                self.ranks, backend="gloo", timeout=self.settings.timeout, first_timeout=self.settings.first_timeout
+            )
+            self._owned_process_groups.append(self.cpu_group)
+        self._token = torch.zeros(1, device=self.device)
+
+    def _create(self, meeting: Meeting) -> None:
+        """Make the native group. A failure on one rank is raised on all of them."""
+        failure: Exception | None = None
+        made = False
+
+        def attempt(step: Any) -> str:
+            nonlocal failure
+            try:
+                return step() or "ok"
+            except Exception as error:
+                failure = error
+                return ERROR_PREFIX + (" ".join(str(error).split("\n\n")[0].split()) or type(error).__name__)
+
+        def listen() -> str:
+            nonlocal made
+            _library.load()
+            native = torch.ops.sglang_symm
+            common = (self.unique_name, str(self.device), self.rank_in_group, self.world_size)
+            pg_name = self.device_group.group_name
+            if self.communicator == PROCESS_GROUP:
+                native._group_create_process_group(*common, pg_name, self.settings.native())
+                address = "ok"
+            else:
+                address = native._group_listen(*common, self.settings.arena_bytes, pg_name, self.settings.native())
+            made = True
+            return address
+
+        try:
+            addresses = meeting.exchange("address", attempt(listen))
+            if self.communicator == SYMM:
+                meeting.exchange(
+                    "ready", attempt(lambda: torch.ops.sglang_symm._group_connect(self.unique_name, addresses))
+                )
+        except BaseException as error:
+            if made:
+                torch.ops.sglang_symm._group_destroy(self.unique_name)
+            if isinstance(error, Exception) and failure is not None:
+                raise error from failure
+            raise
+        _alive[self.unique_name] = self
+
+    @classmethod
+    def of_ranks(cls, ranks: Sequence[int], *, backend: str | None = None, **kwargs: Any) -> Group:
+        """A group of these global ranks (ascending) with a process group of its own, whose deadline is the group's.
+
+        Collective among ``ranks`` only. ``backend`` as in torch.distributed.new_group, other arguments as in Group.
+        """
+        device = torch.device(kwargs.get("device") or "cpu")
+        settings = GroupSettings.resolve(
+            device, timeout=kwargs.get("timeout"), first_timeout=kwargs.get("first_timeout")
+        )
+        pg = new_process_group(ranks, backend=backend, timeout=settings.timeout, first_timeout=settings.first_timeout)
+        try:
+            group = cls(pg, **kwargs)
+        except BaseException:
+            dist.destroy_process_group(pg)
+            raise
+        group._owned_process_groups.append(pg)
+        return group
+
+    # Collectives
+
+    def all_reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """y = x_0 (op) x_1 (op) ... over the ranks; ``x`` any shape, y a new tensor like it.
+
+        fp32, bf16 and fp16 sums: accumulated in fp32 in rank order, rounded once, the same bits on all ranks. Other
+            dtypes and ``op`` in ``sum, product, min, max, avg`` through the process group. Raises ValueError before
+            anything is sent.
+        """
+        self._check_tensor(x, "all_reduce")
+        return torch.ops.sglang_symm.all_reduce(x, self.unique_name, op)
+
+    def all_reduce_(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """``all_reduce`` into ``x``, which is returned."""
+        self._check_tensor(x, "all_reduce_")
+        torch.ops.sglang_symm.all_reduce_(x, self.unique_name, op)
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """y = concat(x_0, x_1, ...) along ``dim``. ``sizes[r]`` is rank r's length there; without it all are equal."""
+        self._check_tensor(x, "all_gather")
+        return torch.ops.sglang_symm.all_gather(x, self.unique_name, dim, sizes)
+
+    def all_gather_into_tensor(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """out = concat(x_0, x_1, ...) as flat memory: ``out`` contiguous, world_size times the elements of ``x``."""
+        self._check_flat(whole=out, part=x, out=out, call="all_gather_into_tensor")
+        out.view(-1).copy_(self.all_gather(x.reshape(-1)))
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """y = this rank's part along ``dim`` of the sum over ranks of x. ``sizes[r]`` is rank r's length; without it
+        all are equal.
+        """
+        self._check_tensor(x, "reduce_scatter")
+        return torch.ops.sglang_symm.reduce_scatter(x, self.unique_name, dim, sizes)
+
+    def reduce_scatter_tensor(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """out = this rank's part of the sum of x as flat memory: ``out`` contiguous, ``x`` with world_size times its
+        elements.
+        """
+        self._check_flat(whole=x, part=out, out=out, call="reduce_scatter_tensor")
+        out.view(-1).copy_(self.reduce_scatter(x.reshape(-1)))
+
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """x = x of rank ``src`` of the group, in place; returned."""
+        self._check_tensor(x, "broadcast")
+        self._check_rank(src, "broadcast")
+        torch.ops.sglang_symm.broadcast_(x, src, self.unique_name)
+        return x
+
+    def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
+        """The picklable object of rank ``src`` of the group, on every rank."""
+        self._check_usable("broadcast_object")
+        self._check_rank(src, "broadcast_object")
+        if self.world_size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=self.ranks[src], group=self.cpu_group, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self._check_usable("barrier")
+        torch.ops.sglang_symm.barrier(self._token, self.unique_name)
+
+    def rendezvous(self, tensor: torch.Tensor) -> Rendezvous:
+        """Give every rank the views of its peers' ``tensor``, which lies in the group's arena on every rank.
+        Collective.
+        """
+        self._check_tensor(tensor, "rendezvous")
+        self._check_symm("rendezvous")
+        return Rendezvous(self, tensor, torch.ops.sglang_symm._rendezvous(tensor, self.unique_name))
+
+    # State
+
+    def contains(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory lies in this group's arena."""
+        self._check_usable("contains")
+        return self.communicator == SYMM and torch.ops.sglang_symm._in_arena(tensor, self.unique_name)
+
+    def check(self) -> None:
+        """Raise what broke the group, if anything did."""
+        self._check_usable("check")
+        torch.ops.sglang_symm._group_check(self.unique_name)
+
+    def info(self) -> dict[str, Any]:
+        """Name, device, settings, health, numbers of calls by algorithm, outputs inside and outside of the arena,
+        memory.
+        """
+        self._check_usable("info")
+        return json.loads(torch.ops.sglang_symm._group_info(self.unique_name))
+
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes of the arena: arena_bytes, heap_bytes, allocated_bytes, peak_bytes, free_bytes, largest_free_bytes;
+        live_blocks.
+        """
+        return self.info().get("memory") or {}
+
+    @property
+    def destroyed(self) -> bool:
+        return self._destroyed
+
+    def destroy(self) -> None:
+        """Leave the group; peers that still wait for this rank raise. Local; safe with live tensors; again does
+        nothing.
+        """
+        if self._destroyed:
+            return
+        self._destroyed = True
+        _alive.pop(self.unique_name, None)
+        if self._owner_pid != os.getpid():
+            return  # a forked child shares the sockets: a goodbye from here would be taken for the parent's
+        torch.ops.sglang_symm._group_destroy(self.unique_name)
+        for pg in self._owned_process_groups:
+            if pg in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(pg)
+        self._owned_process_groups.clear()
+
+    def __repr__(self) -> str:
+        state = ", destroyed" if self._destroyed else ""
+        place = f"rank {self.rank_in_group} of {self.world_size}"
+        return f"Group({self.unique_name!r}, {place}, {self.device}, {self.communicator}{state})"
+
+    def _where(self, call: str) -> str:
+        return f"sglang_symm: {call} on group {self.unique_name}"
+
+    def _check_usable(self, call: str) -> None:
+        if self._destroyed:
+            raise RuntimeError(f"{self._where(call)}, which was destroyed on this rank: create it again")
+
+    def _check_symm(self, call: str) -> None:
+        if self.communicator != SYMM:
+            raise ValueError(
+                f"{self._where(call)}: expected communicator {SYMM!r}, which has an arena; got {self.communicator!r}"
+            )
+
+    def _check_tensor(self, x: torch.Tensor, call: str) -> None:
+        self._check_usable(call)
+        if x.device.type != self.device.type or (x.device.index or 0) != (self.device.index or 0):
+            raise ValueError(f"{self._where(call)}: expected a tensor on {self.device}, got one on {x.device}")
+
+    def _check_rank(self, rank: int, call: str) -> None:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"{self._where(call)}: expected a rank from 0 to {self.world_size - 1}, got {rank}")
+
+    def _check_flat(self, whole: torch.Tensor, part: torch.Tensor, out: torch.Tensor, call: str) -> None:
+        self._check_tensor(whole, call)
+        self._check_tensor(part, call)
+        elements = self.world_size * part.numel()
+        if whole.numel() != elements:
+            raise ValueError(f"{self._where(call)}: expected {elements} elements, got {whole.numel()}")
+        if whole.dtype != part.dtype:
+            raise ValueError(f"{self._where(call)}: expected tensors of one dtype, got {whole.dtype} and {part.dtype}")
+        if not out.is_contiguous():
+            raise ValueError(f"{self._where(call)}: expected a contiguous output, got strides {out.stride()}")
+
+
+class Rendezvous:
+    """Peers' views of one tensor, for kernels of one's own. Keeps this rank's tensor alive; a peer's lives as long as
+    the peer keeps it.
+
+    Attributes: group, tensor, offsets (of each rank's tensor in its arena, bytes).
+    """
+
+    def __init__(self, group: Group, tensor: torch.Tensor, offsets: Sequence[int]) -> None:
+        self.group = group
+        self.tensor = tensor
+        self.offsets = list(offsets)
+
+    def get_buffer(
+        self, peer: int, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The memory of rank ``peer``'s tensor as [*shape] of ``dtype`` (default: as this rank's tensor). Reads need
+        a barrier before them.
+        """
+        self.group._check_usable("get_buffer")
+        self.group._check_rank(peer, "get_buffer")
+        size = list(self.tensor.shape if shape is None else shape)
+        view = torch.ops.sglang_symm._peer_view(
+            self.group.unique_name, peer, self.offsets[peer], size, dtype or self.tensor.dtype
+        )
+        return cast(torch.Tensor, view)
+
+    def barrier(self) -> None:
+        """The group's barrier: what was written to the buffers before it is seen by all ranks after it."""
+        self.group.barrier()
+
+
+def _as_process_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    if process_group is None:
+        return cast(dist.ProcessGroup, dist.group.WORLD)
+    if hasattr(process_group, "get_group"):
+        return cast(dist.ProcessGroup, process_group.get_group())
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(f"sglang_symm: expected a ProcessGroup that this process belongs to, got {process_group!r}")
+    return process_group
+
+
+def _as_device(device: torch.device | str | None, process_group: dist.ProcessGroup) -> torch.device:
+    if device is None:
+        device = "cpu" if torch.device("cpu") in process_group._device_types else "cuda"
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"sglang_symm: expected a cpu or cuda device, got {device}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def group_name(group: Group | str) -> str:
+    """The name by which ops know the group."""
+    return group if isinstance(group, str) else group.unique_name
+
+
+@atexit.register
+def _destroy_all() -> None:
+    """Say goodbye at interpreter exit: a clean exit is no death."""
+    for group in reversed(list(_alive.values())):
+        try:
+            group.destroy()
+        except Exception as error:  # the interpreter is ending; nobody is left to handle it
+            warnings.warn(f"sglang_symm: destroying {group.unique_name} at exit: {error}", stacklevel=1)
