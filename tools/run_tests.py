@@ -129,7 +129,7 @@ def ranks_part(ranks: int) -> Part:
 
 
 def all_parts(device: str) -> list[Part]:
-    single = ["tests", "--ignore=tests/distributed", "--ignore=tests/faults", "--ignore=tests/test_house.py"]
+    single = ["tests", "--ignore=tests/distributed", "--ignore=tests/faults"]
     parts = [cpp_part(), pytest_part("single", *single)]
     if (ROOT / "tests" / "distributed").is_dir():
         parts += [ranks_part(ranks) for ranks in (*RANKS, *MARKED_RANKS)]
