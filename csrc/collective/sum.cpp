@@ -16,10 +16,15 @@ namespace {
 #define SYMM_INLINE inline __attribute__((always_inline))
 
 // Integer arithmetic throughout: it vectorises, and it does not depend on the thread's rounding or denormal mode.
+// A NaN is stored as the one canonical NaN: which operand's sign and payload an addition keeps is the compiler's
+// choice.
 struct Float32 {
   using Storage = float;
   static SYMM_INLINE float load(float x) { return x; }
-  static SYMM_INLINE float store(float x) { return x; }
+  static SYMM_INLINE float store(float x) {
+    const uint32_t u = std::bit_cast<uint32_t>(x);
+    return std::bit_cast<float>((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : u);
+  }
 };
 
 struct BFloat16 {
@@ -54,9 +59,8 @@ struct Float16 {
     const float magic =
         std::bit_cast<float>(126u << 23);  // its addition aligns a subnormal and rounds it to nearest even
     const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(m) + magic) - (126u << 23);
-    const uint32_t special = m > 0x7F800000u ? 0x7E00u : 0x7C00u;
-    const uint32_t bits = m >= (143u << 23) ? special : m < (113u << 23) ? subnormal : normal;
-    return static_cast<uint16_t>(bits | sign >> 16);
+    const uint32_t bits = m >= (143u << 23) ? 0x7C00u : m < (113u << 23) ? subnormal : normal;
+    return static_cast<uint16_t>(m > 0x7F800000u ? 0x7E00u : bits | sign >> 16);
   }
 };
 
