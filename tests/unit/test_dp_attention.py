@@ -128,14 +128,14 @@ def test_one_dp_rank_needs_no_gather():
 def test_a_wrong_number_of_rows_is_named():
     state = played_state(0, 2, 2)
     with state.forward(ForwardBatch([3, 2], False, MAX_LEN)):
-        with pytest.raises(ValueError, match="3 or 4.*got \\[2, 8\\]"):
+        with pytest.raises(ValueError, match=r"3 or 4.*got \[2, 8\]"):
             dp_gather(torch.ones(2, 8), state)
         with pytest.raises(ValueError, match="expected 8 rows"):
             dp_scatter(torch.ones(5, 8), state)
 
 
 def test_gather_outside_of_a_forward_says_what_to_do():
-    with pytest.raises(RuntimeError, match="state.forward"):
+    with pytest.raises(RuntimeError, match=r"state\.forward"):
         dp_gather(torch.ones(2, 8), played_state(0, 2, 2))
 
 

@@ -100,12 +100,12 @@ def test_more_than_sixteen_members_fall_back_to_the_process_group_and_say_so():
     "change", [{"device": "cuda"}, {"communicator": "process_group"}, {"settings": ["algo=two_shot"]}]
 )
 def test_members_that_disagree_are_named_with_both_values(change):
-    with pytest.raises(ValueError, match="disagree about .*rank 0 has.*rank 2 has"):
+    with pytest.raises(ValueError, match=r"disagree about .*rank 0 has.*rank 2 has"):
         _decide([config(), config(), config(**change)])
 
 
 def test_a_member_s_own_error_is_everyone_s():
-    with pytest.raises(ValueError, match="broken.*rank 1"):
+    with pytest.raises(ValueError, match=r"broken.*rank 1"):
         _decide([config(), {"error": "broken"}])
 
 
