@@ -122,7 +122,7 @@ def _run_rank(args: argparse.Namespace, folder: Path) -> int:
         for answer, tokens in zip(report["answers"], expected, strict=True):
             answer["equals_transformers"] = answer["token_ids"] == tokens
             answer["transformers_token_ids"] = tokens
-    print(json.dumps(report) if args.json else _text(report), flush=True)
+    print(json.dumps(report) if args.json else text_of(report), flush=True)
     return int(not all(answer.get("equals_transformers", True) for answer in report["answers"]))
 
 
@@ -179,7 +179,8 @@ def _report(
     }
 
 
-def _text(report: dict[str, Any]) -> str:
+def text_of(report: dict[str, Any]) -> str:
+    """The report as text for people."""
     layout, lines = report["layout"], []
     for answer in report["answers"]:
         lines += ["", f">>> {answer['prompt']}", answer["text"]]
