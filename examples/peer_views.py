@@ -1,7 +1,7 @@
 """Peers' memory for a kernel of your own: torchrun --nproc-per-node 2 examples/peer_views.py
 
-`rendezvous` gives every rank the views of its peers' tensors. Here the "kernel" is plain PyTorch: each rank reads what its
-peers wrote, no collective is called between the two barriers.
+`rendezvous` gives every rank the views of its peers' tensors. Here the "kernel" is plain PyTorch: each rank reads what
+its peers wrote, no collective is called between the two barriers.
 """
 
 import torch

@@ -1,5 +1,6 @@
 # torchrun --nproc-per-node 2 examples/row_parallel_linear.py
 import torch
+
 from sglang_symm.distributed import initialize_model_parallel
 
 tp = initialize_model_parallel(2, enable_symm_mem=True).tp
