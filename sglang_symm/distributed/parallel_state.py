@@ -14,9 +14,9 @@ A world may hold several TP groups, side by side.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from sglang_symm.distributed.group import PROCESS_GROUP, SYMM, Group, GroupSetti
 from sglang_symm.distributed.rendezvous import process_group_timeout
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Global ranks of the groups of one process, in rank order: pure arithmetic."""
 
@@ -247,12 +247,18 @@ def initialize_model_parallel(
     if _default is not None:
         raise RuntimeError("sglang_symm: model parallel groups exist already; call destroy_model_parallel() first")
     device = _local_device(device)
-    settings: dict[str, Any] = {"arena_bytes": arena_bytes, "timeout": timeout, "first_timeout": first_timeout}
-    settings |= {"algo": algo, "pinned": pinned, "strict": strict}
-    resolved = GroupSettings.resolve(device, **settings)
+    settings = GroupSettings.resolve(
+        device,
+        arena_bytes=arena_bytes,
+        timeout=timeout,
+        first_timeout=first_timeout,
+        algo=algo,
+        pinned=pinned,
+        strict=strict,
+    )
     backend = backend or ("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=resolved.timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
     layout = Layout.of(dist.get_rank(), dist.get_world_size(), tensor_model_parallel_size, attention_data_parallel_size)
     wanted = communicators(enable_symm_mem)
     roles = {role: tuple(getattr(layout, role)) for role in ("world", "tp", "attn_tp", "attn_dp")}
@@ -264,13 +270,12 @@ def initialize_model_parallel(
             symmetric = any(wanted[other] == SYMM for other, members in roles.items() if members == ranks)
             made[ranks] = _make_group(
                 ranks,
-                resolved.timeout,
                 backend,
                 name=role,
                 device=device,
                 communicator=SYMM if symmetric else PROCESS_GROUP,
                 symmetric_memory_enabled=enable_symm_mem,
-                **settings,
+                **dataclasses.asdict(settings),
             )
     except BaseException:
         for group in reversed(made.values()):
@@ -280,12 +285,12 @@ def initialize_model_parallel(
     return _default
 
 
-def _make_group(ranks: Sequence[int], timeout: float, backend: str, **kwargs: Any) -> Group:
+def _make_group(ranks: Sequence[int], backend: str, **kwargs: Any) -> Group:
     """A Group whose process group has the group's deadline: the world's own if it fits, else a new one."""
     world = cast(dist.ProcessGroup, dist.group.WORLD)
     device = torch.device(kwargs["device"].type)
     covers_world = len(ranks) == dist.get_world_size() and device in world._device_types
-    if covers_world and process_group_timeout(world, device) == timeout:
+    if covers_world and process_group_timeout(world, device) == kwargs["timeout"]:
         return Group(world, **kwargs)
     return Group.of_ranks(ranks, backend=backend, **kwargs)
 

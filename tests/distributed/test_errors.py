@@ -1,0 +1,184 @@
+"""Wrong usage is refused before anything is sent; calls that differ raise one sentence on all ranks."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import gather_objects, raised
+
+pytestmark = pytest.mark.skipif("int(__import__('os').environ.get('WORLD_SIZE', '1')) == 1", reason="one rank")
+
+
+def works(group):
+    return group.all_reduce(torch.ones(100)).tolist() == [float(group.world_size)] * 100
+
+
+WRONG = {
+    "device": lambda g: g.all_reduce(torch.ones(4, device="meta")),
+    "device of all_reduce_": lambda g: g.all_reduce_(torch.ones(4, device="meta")),
+    "device of all_gather": lambda g: g.all_gather(torch.ones(4, device="meta")),
+    "device of the op": lambda g: torch.ops.sglang_symm.all_reduce_(torch.ones(4, device="meta"), g.unique_name),
+    "op": lambda g: g.all_reduce(torch.ones(4), op="median"),
+    "src": lambda g: g.broadcast(torch.ones(4), src=g.world_size),
+    "negative src": lambda g: g.broadcast(torch.ones(4), src=-1),
+    "src of the op": lambda g: torch.ops.sglang_symm.broadcast_(torch.ones(4), g.world_size, g.unique_name),
+    "object src": lambda g: g.broadcast_object(1, src=g.world_size),
+    "dim of all_gather": lambda g: g.all_gather(torch.ones(4), dim=1),
+    "dim of reduce_scatter": lambda g: g.reduce_scatter(torch.ones(4 * g.world_size), dim=-2),
+    "scalar": lambda g: g.all_gather(torch.ones(())),
+    "indivisible": lambda g: g.reduce_scatter(torch.ones(4 * g.world_size + 1)),
+    "number of sizes": lambda g: g.all_gather(torch.ones(4), sizes=[4] * (g.world_size + 1)),
+    "own size": lambda g: g.all_gather(torch.ones(4), sizes=[3] * g.world_size),
+    "sum of sizes": lambda g: g.reduce_scatter(torch.ones(4), sizes=[4] * g.world_size),
+    "negative size": lambda g: g.reduce_scatter(torch.ones(1), sizes=[-1, 2, *[0] * (g.world_size - 2)]),
+    "flat gather": lambda g: g.all_gather_into_tensor(torch.empty(4), torch.ones(4)),
+    "flat scatter": lambda g: g.reduce_scatter_tensor(torch.empty(4), torch.ones(4)),
+    "flat dtype": lambda g: g.all_gather_into_tensor(torch.empty(4 * g.world_size).half(), torch.ones(4)),
+    "flat strides": lambda g: g.all_gather_into_tensor(torch.empty(4 * g.world_size, 2)[:, 0], torch.ones(4)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_usage_is_a_value_error_before_anything_is_sent(group, name):
+    calls = group.info()["calls"]
+    error = raised(WRONG[name], group)
+    assert isinstance(error, (ValueError, NotImplementedError)), error
+    assert group.info()["calls"] == calls
+    assert group.info()["broken"] is None
+    assert works(group)
+
+
+def test_an_unsupported_dtype_is_an_error_on_every_rank_and_breaks_nothing(group):
+    error = raised(group.all_reduce, torch.ones(4, dtype=torch.complex64))
+    if error is not None:
+        assert isinstance(error, (ValueError, RuntimeError)), error
+        assert "omplex" in str(error)
+    assert works(group)
+
+
+# What rank 0 calls, what the last rank calls, and a word of each that the sentence names.
+DIFFERENT = {
+    "dtype": (lambda g: g.all_reduce(torch.ones(8)), lambda g: g.all_reduce(torch.ones(8).bfloat16()), "f", "b"),
+    "count": (lambda g: g.all_reduce(torch.ones(8)), lambda g: g.all_reduce(torch.ones(9)), "8", "9"),
+    "large count": (
+        lambda g: g.all_reduce(torch.ones(1 << 20)),
+        lambda g: g.all_reduce(torch.ones((1 << 20) + 8)),
+        "1048576",
+        "1048584",
+    ),
+    "count of another algorithm": (
+        lambda g: g.all_reduce(torch.ones(8)),
+        lambda g: g.all_reduce(torch.ones(1 << 20)),
+        "8",
+        "1048576",
+    ),
+    "op": (lambda g: g.all_reduce(torch.ones(8)), lambda g: g.all_gather(torch.ones(8)), "all_reduce", "all_gather"),
+    "empty": (lambda g: g.all_reduce(torch.ones(8)), lambda g: g.all_reduce(torch.ones(0)), "8", "0"),
+    "barrier": (lambda g: g.all_reduce(torch.ones(8)), lambda g: g.barrier(), "all_reduce", "barrier"),
+    "reduction": (
+        lambda g: g.all_reduce(torch.ones(8), "max"),
+        lambda g: g.all_reduce(torch.ones(8), "min"),
+        "max",
+        "min",
+    ),
+    "native and fallback": (
+        lambda g: g.all_reduce(torch.ones(8)),
+        lambda g: g.all_reduce(torch.ones(8, dtype=torch.int64)),
+        "all_reduce",
+        "int64",
+    ),
+    "src": (lambda g: g.broadcast(torch.ones(8), 0), lambda g: g.broadcast(torch.ones(8), 1), "broadcast", "broadcast"),
+    "dim": (
+        lambda g: g.all_gather(torch.ones(4, 4), 0),
+        lambda g: g.all_gather(torch.ones(4, 4), 1),
+        "all_gather",
+        "all_gather",
+    ),
+    "gather length": (lambda g: g.all_gather(torch.ones(4)), lambda g: g.all_gather(torch.ones(5)), "4", "5"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_calls_that_differ_raise_one_sentence_that_names_both_on_all_ranks(make, name):
+    first, last, word_of_first, word_of_last = DIFFERENT[name]
+    group = make(name="differ", timeout=10, first_timeout=10)
+    assert works(group)
+    begin = time.monotonic()
+    error = raised(last if group.rank_in_group == group.world_size - 1 else first, group)
+    if error is None:
+        # The disagreement may come to light on this rank after its call was done: then at its next.
+        error = raised(group.all_reduce, torch.ones(1))
+    assert isinstance(error, dist.DistBackendError), error
+    assert time.monotonic() - begin < 8
+    sentence = str(error).splitlines()[0]
+    assert "disagree" in sentence
+    assert group.unique_name in sentence
+    assert "rank 0" in sentence
+    assert f"rank {group.world_size - 1}" in sentence
+    assert word_of_first in sentence
+    assert word_of_last in sentence
+    sentences = gather_objects(sentence)
+    assert len(set(sentences)) == 1, sentences
+    for call in (lambda: group.all_reduce(torch.ones(1)), group.barrier, group.check):
+        again = raised(call)
+        assert isinstance(again, dist.DistBackendError)
+        assert "disagree" in str(again)
+    assert group.info()["broken"] is not None
+    group.destroy()
+    assert works(make(name="differ"))
+
+
+def test_a_broken_group_does_not_break_another(make):
+    broken, healthy = make(name="broken", timeout=5), make(name="healthy")
+    raised(broken.all_reduce, torch.ones(8 + broken.rank_in_group))
+    assert works(healthy)
+
+
+def test_a_rank_that_does_not_come_is_named_by_all_others_and_a_new_group_works(make, rank, size):
+    group = make(name="waiting", timeout=1, first_timeout=10)
+    assert works(group)
+    late = size - 1
+    if rank == late:
+        time.sleep(3)
+    begin = time.monotonic()
+    error = raised(group.all_reduce, torch.ones(8))
+    assert isinstance(error, dist.DistBackendError), error
+    if rank != late:
+        assert f"rank(s) {late} did not arrive within 1 s" in str(error)
+        assert 0.9 <= time.monotonic() - begin < 3
+    else:
+        assert time.monotonic() - begin < 1.5
+    gather_objects(None)
+    group.destroy()
+    assert works(make(name="waiting"))
+
+
+def test_a_rank_that_left_is_named(make, rank, size):
+    group = make(name="left", timeout=10, first_timeout=10)
+    assert works(group)
+    gather_objects(None)
+    if rank == size - 1:
+        group.destroy()
+    else:
+        begin = time.monotonic()
+        error = raised(group.all_reduce, torch.ones(8))
+        assert isinstance(error, dist.DistBackendError), error
+        assert f"rank(s) {size - 1} left" in str(error)
+        assert time.monotonic() - begin < 5
+
+
+def test_leaving_right_after_the_last_call_disturbs_nobody(make):
+    """A rank says goodbye while others still finish the call it has left."""
+    for _ in range(20):
+        group = make(name="hurry", arena_bytes=8 << 20)
+        assert works(group)
+        assert group.all_reduce(torch.ones(100000))[0].item() == group.world_size
+        group.destroy()
+
+
+def test_the_first_call_has_a_deadline_of_its_own(make, rank, size):
+    group = make(name="slow start", timeout=1, first_timeout=20)
+    if rank == size - 1:
+        time.sleep(2.5)
+    assert works(group)
