@@ -1,4 +1,6 @@
 // The collectives as PyTorch ops: checks, dimensions and strides here, the work in collective/ or in the process group.
+#include <ATen/MemoryOverlap.h>
+
 #include <numeric>
 
 #include "ops/common.h"
@@ -23,6 +25,14 @@ int64_t checked_dim(const at::Tensor& x, int64_t dim, const char* op) {
     fail(ErrorKind::argument, op, ": dim ", dim, " of a tensor of ", x.dim(), " dimensions");
   }
   return dim < 0 ? dim + x.dim() : dim;
+}
+
+// An op that writes its argument raises before anything is sent, not when the result is copied back.
+void check_writable(const at::Tensor& x, const char* op) {
+  if (at::has_internal_overlap(x) == at::MemOverlap::Yes) {
+    fail(ErrorKind::argument, op, ": expected a tensor whose elements have memory of their own, got sizes ", x.sizes(),
+         " with strides ", x.strides(), " (an expanded tensor?). clone() it first");
+  }
 }
 
 std::vector<int64_t> checked_sizes(const Group& group, OptionalSizes sizes, const char* op) {
@@ -90,6 +100,7 @@ void all_reduce_(at::Tensor& x, const std::string& name, const std::string& op) 
   guarded([&] {
     at::AutoDispatchBelowAutograd below;
     auto group = group_for(x, name, "all_reduce_");
+    check_writable(x, "all_reduce_");
     const Descriptor descriptor = describe(OpCode::all_reduce, x, static_cast<uint8_t>(to_reduce_op(op)));
     const at::Tensor dense = x.contiguous();
     reduce_into(*group, descriptor, dense, dense);
@@ -182,6 +193,7 @@ void broadcast_(at::Tensor& x, int64_t src, const std::string& name) {
   guarded([&] {
     at::AutoDispatchBelowAutograd below;
     auto group = group_for(x, name, "broadcast_");
+    check_writable(x, "broadcast_");
     if (src < 0 || src >= group->world_size()) {
       fail(ErrorKind::argument, "broadcast_: src ", src, " in group '", name, "', expected a rank in the group, 0 to ",
            group->world_size() - 1);

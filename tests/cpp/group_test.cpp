@@ -164,7 +164,7 @@ TEST(Group, ARankThatLeftIsNoDeathUntilSomebodyWaitsForIt) {
   } catch (const Error& e) {
     EXPECT_NE(std::string(e.what()).find("rank(s) 1 left"), std::string::npos) << e.what();
   }
-  EXPECT_LT(now_ns() - start, int64_t{5} * 1'000'000'000) << "leaving is noticed before the deadline of 20 s";
+  EXPECT_LT(now_ns() - start, int64_t{2} * 1'000'000'000) << "leaving is noticed before the deadline of 3 s";
 }
 
 TEST(Group, AnOffsetOutsideOfTheArenaIsRefused) {

@@ -26,7 +26,7 @@ inline GroupConfig small_config(int rank, int world_size) {
   config.rank = rank;
   config.world_size = world_size;
   config.arena_bytes = 1 << 20;
-  config.deadlines = {20, 20};
+  config.deadlines = {3, 3};
   return config;
 }
 

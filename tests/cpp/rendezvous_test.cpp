@@ -65,6 +65,32 @@ TEST(Rendezvous, ManyStrangersDoNotKeepTheMembersApart) {
   EXPECT_EQ(of_one[0].pid, getpid());
 }
 
+// A message that is well formed in all but the token, as somebody would send who knows the protocol but not the store.
+struct ForgedHello {
+  char magic[8] = {'S', 'G', 'S', 'Y', 'M', 'M', '0', '1'};
+  uint32_t version = 1;
+  int32_t rank = 1, world_size = 2;
+  uint32_t fd_count = 0;
+  char token[32] = {};
+  char group[128] = "g";
+  char settings[512] = "s=1";
+};
+
+TEST(Rendezvous, AForgerWithoutTheTokenIsNoMember) {
+  Rendezvous zero(identity(0, 2));
+  Rendezvous one(identity(1, 2));
+  const std::vector<std::string> addresses{zero.address(), one.address()};
+  const size_t begin = addresses[0].find('|') + 1;
+  const Fd forger = connect_abstract(addresses[0].substr(begin, addresses[0].find('|', begin) - begin));
+  const ForgedHello hello;
+  ASSERT_TRUE(send_message(forger.get(), &hello, sizeof hello, {}));  // first in the queue, before the member
+  std::vector<Peer> of_one;
+  std::thread other([&] { EXPECT_NO_THROW(of_one = one.connect(addresses, {}, Deadline(3))); });
+  EXPECT_NO_THROW(zero.connect(addresses, {}, Deadline(3)));
+  other.join();
+  EXPECT_EQ(of_one.size(), 1u);
+}
+
 TEST(Rendezvous, NamesTheRanksThatDoNotCome) {
   Rendezvous zero(identity(0, 3));
   Rendezvous two(identity(2, 3));

@@ -1,0 +1,215 @@
+"""Break the protocol on purpose, one line at a time, and require that the C++ unit tests notice.
+
+A mutant is a small edit of a copy of csrc/: a signal that is dropped, a wait that is skipped, a parity that is not used.
+Each is built with the unit tests of tests/cpp and must make them fail (an assertion, an error or the time limit). A mutant
+that survives means that a line of the protocol is proven by nothing.
+
+    python tools/mutants.py [--list] [--only NAME] [--limit SECONDS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit: `old` occurs exactly once in `file` and becomes `new`; `tests` is a GoogleTest filter that must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = "Group.*"
+
+
+MUTANTS = [
+    Mutant(
+        "no wait for the peers' headers",
+        "signal/signal_cpu.cpp",
+        "header(call, peer).epoch.load(std::memory_order_acquire) == call.epoch",
+        "header(call, peer).epoch.load(std::memory_order_acquire) <= call.epoch",
+    ),
+    Mutant(
+        "one parity for all calls",
+        "signal/signal_cpu.h",
+        "int next_parity() const { return static_cast<int>((epoch_ + 1) & 1); }",
+        "int next_parity() const { return 0; }",
+    ),
+    Mutant(
+        "one header for both parities",
+        "signal/signal_cpu.h",
+        "int parity() const { return static_cast<int>(epoch & 1); }",
+        "int parity() const { return 0; }",
+    ),
+    Mutant(
+        "no done flag is awaited",
+        "signal/signal_cpu.cpp",
+        "pad(rank_)->from[peer].done.load(std::memory_order_acquire) >= call.epoch",
+        "pad(rank_)->from[peer].done.load(std::memory_order_acquire) <= call.epoch",
+    ),
+    Mutant(
+        "the header goes before its fields",
+        "signal/signal_cpu.cpp",
+        "header.offset_in = offset_in;",
+        "header.epoch.store(call.epoch, std::memory_order_release); sched_yield(); header.offset_in = offset_in;",
+    ),
+    Mutant(
+        "descriptors are not compared",
+        "signal/signal_cpu.cpp",
+        "if (descriptor_of(r) == reference) continue;",
+        "if (descriptor_of(r) == reference || r > 0) continue;",
+    ),
+    Mutant(
+        "a rank that left is not noticed",
+        "signal/signal_cpu.cpp",
+        "left_.fetch_or(1u << peer, std::memory_order_release);",
+        "(void)peer;",
+    ),
+    Mutant(
+        "the first report does not win",
+        "signal/signal_cpu.cpp",
+        "std::memory_order_acq_rel)) return;",
+        "std::memory_order_acq_rel)) what.kind == AbortKind::none ? void() : void();",
+    ),
+    Mutant(
+        "the deadline is never looked at",
+        "signal/signal_cpu.cpp",
+        "return now_ns() >= end_ns;",
+        "return false;",
+    ),
+    Mutant(
+        "offsets from peers are believed",
+        "collective/collectives_cpu.cpp",
+        "if (offset > arena_.bytes() || bytes > arena_.bytes() - offset) {",
+        "if (offset > arena_.bytes() && bytes == 0) {",
+    ),
+    Mutant(
+        "the result is written to this rank alone",
+        "collective/collectives_cpu.cpp",
+        "{sources.data(), world_size_, outputs.data(), world_size_, hi - lo,",
+        "{sources.data(), world_size_, outputs.data() + rank_, 1, hi - lo,",
+    ),
+    Mutant(
+        "a tensor in the arena is staged, its offset sent all the same",
+        "collective/collectives_cpu.cpp",
+        "if (!out_inside) copy_bytes(round.out, staging, bytes);",
+        "if (out_inside) copy_bytes(round.out, staging, bytes);",
+    ),
+    Mutant(
+        "rank order is lost",
+        "collective/sum.cpp",
+        "for (int r = 2; r < task.world_size; r++) {",
+        "for (int r = task.world_size - 1; r > 2; r--) {",
+        "Sum.*:Group.*",
+    ),
+    Mutant(
+        "round half up instead of to even",
+        "collective/sum.cpp",
+        "0xFFFu + (m >> 13 & 1u)",
+        "0x1000u",
+        "Sum.*",
+    ),
+    Mutant(
+        "neighbours are not merged",
+        "memory/heap.cpp",
+        "if (previous->first + previous->second == begin) {",
+        "if (previous->first + previous->second == begin && bytes == 0) {",
+        "Heap.*",
+    ),
+    Mutant(
+        "a retired arena is unmapped under a live tensor",
+        "memory/arena.cpp",
+        "if ((*found)->heap_.live_blocks() == 0) {",
+        "if ((*found)->heap_.live_blocks() != 9999) {",
+        "ArenaRegistry.*",
+    ),
+    Mutant(
+        "any stranger is a member",
+        "rendezvous/peers.cpp",
+        "if (result != Received::whole || !is_from_member(hello, token_, socket.get())) return false;",
+        "if (result != Received::whole || (is_from_member(hello, token_, socket.get()), false)) return false;",
+        "Rendezvous.*",
+    ),
+]
+
+
+def mutate(csrc: Path, mutant: Mutant) -> Path:
+    path = csrc / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"mutant '{mutant.name}': its line occurs {text.count(mutant.old)} times in csrc/{mutant.file}, expected 1")
+    path.write_text(text.replace(mutant.old, mutant.new))
+    return path
+
+
+def try_mutant(work: Path, mutant: Mutant, limit: float) -> tuple[bool, str]:
+    """Build and run. True when the tests noticed, and how."""
+    source = ROOT / "csrc" / mutant.file
+    target = mutate(work / "csrc", mutant)
+    try:
+        build = subprocess.run(
+            ["make", "-s", "-C", str(work / "tests/cpp"), "program"], capture_output=True, text=True
+        )
+        if build.returncode != 0:
+            raise SystemExit(f"mutant '{mutant.name}' does not compile:\n{build.stdout}{build.stderr}")
+        program = work / "build/cpp/plain/unit_tests"
+        try:
+            run = subprocess.run(
+                [str(program), "--gtest_brief=1", f"--gtest_filter={mutant.tests}"],
+                capture_output=True,
+                text=True,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            return True, f"still waiting after {limit:.0f} s"
+        if run.returncode == 0:
+            return False, "all tests passed"
+        failed = [line.split("]")[1].strip() for line in run.stdout.splitlines() if line.startswith("[  FAILED  ]")]
+        return True, failed[0] if failed else f"the tests crashed (exit code {run.returncode})"
+    finally:
+        shutil.copyfile(source, target)  # a new time stamp: make builds the original again
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the mutants and end")
+    parser.add_argument("--only", metavar="NAME", help="those whose name contains NAME")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds after which waiting tests count as failed (default 30)")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only is None or args.only in m.name]
+    if args.list:
+        for mutant in chosen:
+            print(f"{mutant.name}  (csrc/{mutant.file})")
+        return 0
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="sglang_symm-mutants-") as folder:
+        work = Path(folder)
+        for part in ("csrc", "tests/cpp"):
+            shutil.copytree(ROOT / part, work / part)
+        if (ROOT / "build/cpp/plain").is_dir():  # objects of the original, so that each mutant builds one file
+            shutil.copytree(ROOT / "build/cpp/plain", work / "build/cpp/plain", copy_function=shutil.copy2)
+        os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+        for number, mutant in enumerate(chosen, 1):
+            start = time.monotonic()
+            caught, how = try_mutant(work, mutant, args.limit)
+            mark = "caught  " if caught else "SURVIVED"
+            print(f"{number:2}/{len(chosen)} {mark} {mutant.name}: {how} ({time.monotonic() - start:.0f} s)", flush=True)
+            if not caught:
+                survivors.append(mutant.name)
+    print(f"{len(chosen) - len(survivors)} passed, {len(survivors)} failed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
