@@ -1,8 +1,8 @@
 """Break the protocol on purpose, one line at a time, and require that the C++ unit tests notice.
 
-A mutant is a small edit of a copy of csrc/: a signal that is dropped, a wait that is skipped, a parity that is not used.
-Each is built with the unit tests of tests/cpp and must make them fail (an assertion, an error or the time limit). A mutant
-that survives means that a line of the protocol is proven by nothing.
+A mutant is a small edit of a copy of csrc/: a signal that is dropped, a wait that is skipped, a parity that is not
+used. Each is built with the unit tests of tests/cpp and must make them fail (an assertion, an error or the time limit).
+A mutant that survives means that a line of the protocol is proven by nothing.
 
     python tools/mutants.py [--list] [--only NAME] [--limit SECONDS]
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Mutant:
-    """One edit: `old` occurs exactly once in `file` and becomes `new`; `tests` is a GoogleTest filter that must fail."""
+    """One edit: `old` occurs once in `file` and becomes `new`; `tests` is a GoogleTest filter that must fail."""
 
     name: str
     file: str
