@@ -221,6 +221,7 @@ def transformers_greedy(
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ImportError("--compare-transformers needs transformers: pip install 'sglang-symm[models]'") from error
+    threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # a rank has fewer
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     own_stop = () if params.ignore_eos else LlamaConfig.from_folder(folder).eos_token_ids
@@ -238,4 +239,5 @@ def transformers_greedy(
         tokens = output[0, len(prompt) :].tolist()
         ends = [i for i, token in enumerate(tokens) if token in stop]
         answers.append(tokens[: ends[0]] if ends else tokens)
+    torch.set_num_threads(threads)
     return answers

@@ -7,7 +7,6 @@ Each layout runs when torchrun has its number of ranks (1, 2, 4, 6, 8). Attentio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +194,9 @@ def test_behaviour_3_allocation_is_symmetric_only_in_a_forward_that_is_padded_to
 
 
 @pytest.fixture
-def from_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_SYMM_TIMEOUT", "20")
     monkeypatch.setenv("SGLANG_SYMM_FIRST_TIMEOUT", "40")
-    yield
 
 
 @pytest.mark.parametrize("enable_symm_mem", [True, False])
