@@ -54,7 +54,7 @@ uint64_t CollectivesCpu::stage(const void* in, size_t bytes, bool direct) {
   return static_cast<uint64_t>(staged - arena_.base());
 }
 
-void CollectivesCpu::all_reduce(const Descriptor& descriptor, const AllReduceArgs& args) {
+void CollectivesCpu::all_reduce(const Descriptor& descriptor, const AllReduceArgs& args, Stream) {
   const size_t element = element_size(args.dtype);
   if (world_size_ == 1) {
     const void* source = args.in;
@@ -125,7 +125,7 @@ void CollectivesCpu::two_shot_round(const Descriptor& descriptor, const AllReduc
 }
 
 void CollectivesCpu::reduce_scatter(const Descriptor& descriptor, const void* in, void* out,
-                                    std::span<const size_t> sizes) {
+                                    std::span<const size_t> sizes, Stream) {
   const size_t element = element_size(descriptor.dtype);
   const size_t me = static_cast<size_t>(rank_);
   std::array<size_t, kMaxWorldSize + 1> start{};
@@ -174,8 +174,8 @@ void CollectivesCpu::reduce_scatter(const Descriptor& descriptor, const void* in
   } while (begin < longest);
 }
 
-void CollectivesCpu::all_gather(const Descriptor& descriptor, const void* in, void* out,
-                                std::span<const size_t> bytes) {
+void CollectivesCpu::all_gather(const Descriptor& descriptor, const void* in, void* out, std::span<const size_t> bytes,
+                                Stream) {
   const size_t me = static_cast<size_t>(rank_);
   std::array<size_t, kMaxWorldSize + 1> start{};
   std::partial_sum(bytes.begin(), bytes.end(), start.begin() + 1);
@@ -201,7 +201,7 @@ void CollectivesCpu::all_gather(const Descriptor& descriptor, const void* in, vo
   } while (begin < longest);
 }
 
-void CollectivesCpu::broadcast(const Descriptor& descriptor, void* data, size_t bytes, int src) {
+void CollectivesCpu::broadcast(const Descriptor& descriptor, void* data, size_t bytes, int src, Stream) {
   if (world_size_ == 1) return;
   const bool direct = descriptor.algorithm == Algorithm::two_shot_direct;
   size_t begin = 0;
@@ -214,17 +214,6 @@ void CollectivesCpu::broadcast(const Descriptor& descriptor, void* data, size_t 
     if (descriptor.algorithm != Algorithm::one_shot) signal_.finish(call);
     begin += n;
   } while (begin < bytes);
-}
-
-std::vector<uint64_t> CollectivesCpu::exchange(const Descriptor& descriptor, uint64_t offset) {
-  std::vector<uint64_t> offsets(static_cast<size_t>(world_size_), offset);
-  if (world_size_ == 1) return offsets;
-  const Call call = signal_.start(descriptor, offset, kNoOffset);
-  signal_.arrive(call);
-  for (int r = 0; r < world_size_; r++) {
-    if (r != rank_) offsets[static_cast<size_t>(r)] = signal_.header(call, r).offset_in;
-  }
-  return offsets;
 }
 
 }  // namespace sglang_symm

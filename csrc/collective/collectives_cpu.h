@@ -15,35 +15,27 @@
 #include <span>
 #include <vector>
 
-#include "collective/choose.h"
+#include "collective/collectives.h"
 #include "collective/sum.h"
 #include "memory/arena.h"
 #include "signal/signal_cpu.h"
 
 namespace sglang_symm {
 
-struct AllReduceArgs {
-  const void* in;
-  void* out;  // may be `in`
-  size_t count;
-  DType dtype;
-  const void* bias = nullptr;  // [bias_length], added once, before the rounding
-  size_t bias_length = 0;
-};
-
-class CollectivesCpu {
+class CollectivesCpu final : public Collectives {
  public:
   CollectivesCpu(Arena& arena, SignalCpu& signal, int rank, int world_size, size_t slot_bytes, CpuPath path);
 
-  // The descriptor names the algorithm: one_shot, two_shot or two_shot_direct.
-  void all_reduce(const Descriptor& descriptor, const AllReduceArgs& args);
-  // in: the ranks' parts one after another, part r of sizes[r] elements; out: my part's sum.
-  void reduce_scatter(const Descriptor& descriptor, const void* in, void* out, std::span<const size_t> sizes);
-  // out: the ranks' contributions one after another, contribution r of bytes[r].
-  void all_gather(const Descriptor& descriptor, const void* in, void* out, std::span<const size_t> bytes);
-  void broadcast(const Descriptor& descriptor, void* data, size_t bytes, int src);
-  // Headers only: nobody returns before all have come. Returns every rank's offset.
-  std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset = kNoOffset);
+  void all_reduce(const Descriptor& descriptor, const AllReduceArgs& args, Stream = nullptr) override;
+  void reduce_scatter(const Descriptor& descriptor, const void* in, void* out, std::span<const size_t> sizes,
+                      Stream = nullptr) override;
+  void all_gather(const Descriptor& descriptor, const void* in, void* out, std::span<const size_t> bytes,
+                  Stream = nullptr) override;
+  void broadcast(const Descriptor& descriptor, void* data, size_t bytes, int src, Stream = nullptr) override;
+  void announce(const Descriptor& descriptor, Stream = nullptr) override { exchange(descriptor); }
+  std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset = kNoOffset) override {
+    return signal_.exchange(descriptor, offset);
+  }
 
  private:
   std::byte* slot() const;  // this rank's, of the next call's parity

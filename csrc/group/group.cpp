@@ -6,19 +6,12 @@
 #include <cstdlib>
 
 #include "base/error.h"
-#include "memory/segment_cpu.h"
 
 namespace sglang_symm {
 
 namespace {
 
-constexpr size_t kPage = 4096;
 constexpr size_t kMinArena = 64 << 10;
-constexpr size_t kMaxSlot = 2 << 20;  // a round of two ranks stays in their second- and third-level caches
-
-size_t slot_bytes_for(size_t arena_bytes) {
-  return std::clamp(arena_bytes / 16 / kPage * kPage, kPage, kMaxSlot);
-}
 
 double parse_seconds(const std::string& key, const std::string& value) {
   char* end = nullptr;
@@ -73,23 +66,21 @@ Group::Group(const GroupConfig& config) : config_(config) {
     fail(ErrorKind::argument, "group name of ", config.name.size(), " characters, expected 1 to 100");
   }
   if (!config.symmetric) return;
-  if (config.arena_bytes < kMinArena) {
+  if (config.arena_bytes < kMinArena && !(config.arena_bytes == 0 && config.device != "cpu")) {
     fail(ErrorKind::argument, "an arena of ", config.arena_bytes, " bytes for group '", config.name,
          "', expected at least ", kMinArena, " (arena_bytes, SGLANG_SYMM_ARENA_BYTES)");
   }
-  const size_t arena_bytes = (config.arena_bytes + kPage - 1) / kPage * kPage;
-  slot_bytes_ = slot_bytes_for(arena_bytes);
-  const std::string settings =
-      cat("arena_bytes=", arena_bytes, " slot_bytes=", slot_bytes_, " ", to_string(config.agreed));
+  check_members(config.rank, config.world_size);
+  backend_ = make_backend(&config_);
+  arena_ = backend_->arena();
+  const std::string settings = cat(backend_->settings(), " ", to_string(config_.agreed));
   rendezvous_ = std::make_unique<Rendezvous>(Identity{config.name, config.rank, config.world_size, settings});
-  auto segment = SegmentCpu::create(arena_bytes, "sglang_symm arena " + config.name);
-  segment->prefault(0, 2 * slot_bytes_);
-  arena_ = std::make_shared<Arena>(std::move(segment), ArenaLayout{2 * slot_bytes_, arena_bytes, 64}, config.rank);
   signal_ = std::make_unique<SignalCpu>(config.name, config.rank, config.world_size, config.deadlines);
 }
 
 Group::~Group() {
   watcher_.reset();
+  collectives_.reset();
   if (arena_) ArenaRegistry::instance().retire(arena_.get());
 }
 
@@ -99,38 +90,36 @@ std::string Group::address() const {
 }
 
 void Group::connect(const std::vector<std::string>& addresses) {
-  if (!rendezvous_ || cpu_) fail(ErrorKind::argument, "group '", config_.name, "' is connected already");
+  if (!rendezvous_ || collectives_) fail(ErrorKind::argument, "group '", config_.name, "' is connected already");
   const Deadline deadline(config_.deadlines.first_seconds);
   std::vector<Peer> peers = rendezvous_->connect(addresses, {signal_->fd(), arena_->fd()}, deadline);
   for (Peer& peer : peers) {
     signal_->attach(peer.rank, std::move(peer.fds[0]));
-    auto segment = SegmentCpu::import(std::move(peer.fds[1]), arena_->bytes());
-    segment->prefault(0, 2 * slot_bytes_);
-    arena_->attach(peer.rank, std::move(segment));
+    backend_->attach(peer.rank, std::move(peer.fds[1]));
     peer.fds.clear();
   }
   rendezvous_.reset();
-  ArenaRegistry::instance().add(arena_);
-  cpu_ = std::make_unique<CollectivesCpu>(*arena_, *signal_, rank(), world_size(), slot_bytes_, best_cpu_path());
   SignalCpu* signal = signal_.get();
   watcher_ = std::make_unique<Watcher>(
       std::move(peers), [signal](int peer, pid_t pid, PeerEvent event) { signal->on_peer(peer, pid, event); });
+  collectives_ = backend_->connect(*signal_);
+  ArenaRegistry::instance().add(arena_);
 }
 
-CollectivesCpu& Group::cpu() {
-  if (!cpu_) {
+Collectives& Group::collectives() {
+  if (!collectives_) {
     fail(ErrorKind::argument, "group '", config_.name,
          "' has no symmetric memory (communicator 'process_group'), or is ", "not connected yet");
   }
-  return *cpu_;
+  return *collectives_;
 }
 
 void Group::check() const {
   if (signal_) signal_->check();
 }
 
-void* Group::allocate_output(size_t bytes, bool required) {
-  void* block = arena_ ? arena_->allocate(bytes) : nullptr;
+void* Group::allocate_output(size_t bytes, bool required, Stream stream) {
+  void* block = arena_ ? arena_->allocate(bytes, stream) : nullptr;
   if (block == nullptr && arena_ && (required || config_.strict))
     throw Error(ErrorKind::out_of_memory, describe_full(bytes));
   (block != nullptr ? counters.outputs_inside : counters.outputs_outside).fetch_add(1, std::memory_order_relaxed);
@@ -164,7 +153,8 @@ std::string Group::info_json() const {
       ", \"largest_free_bytes\": ", s.largest_free_bytes, ", \"live_blocks\": ", s.live_blocks,
       "}, \"settings\": {\"timeout\": ", config_.deadlines.seconds,
       ", \"first_timeout\": ", config_.deadlines.first_seconds, ", \"strict\": ", config_.strict ? "true" : "false",
-      ", \"slot_bytes\": ", slot_bytes_, ", \"agreed\": ", json_string(to_string(config_.agreed)), "}}");
+      ", \"slot_bytes\": ", backend_ ? backend_->slot_bytes() : 0,
+      ", \"agreed\": ", json_string(to_string(config_.agreed)), "}}");
 }
 
 GroupRegistry& GroupRegistry::instance() {

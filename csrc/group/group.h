@@ -17,7 +17,8 @@
 #include <vector>
 
 #include "collective/choose.h"
-#include "collective/collectives_cpu.h"
+#include "collective/collectives.h"
+#include "group/backend.h"
 #include "memory/arena.h"
 #include "rendezvous/peers.h"
 #include "signal/signal_cpu.h"
@@ -63,7 +64,7 @@ class Group {
   int rank() const { return config_.rank; }
   int world_size() const { return config_.world_size; }
   const std::shared_ptr<Arena>& arena() const { return arena_; }
-  CollectivesCpu& cpu();  // raises before connect() and for process_group
+  Collectives& collectives();  // raises before connect() and for process_group
   std::string failure() const { return signal_ ? signal_->failure() : ""; }
   void check() const;
 
@@ -73,19 +74,19 @@ class Group {
 
   // A block for an op's output, or nullptr when it must be ordinary memory (full, or no arena). Counts it. In strict
   // mode, and for `required`, a full arena raises ErrorKind::out_of_memory instead.
-  void* allocate_output(size_t bytes, bool required);
+  void* allocate_output(size_t bytes, bool required, Stream stream = nullptr);
   // The sentence of a full arena.
   std::string describe_full(size_t bytes) const;
   std::string info_json() const;
 
  private:
   GroupConfig config_;
-  size_t slot_bytes_ = 0;
+  std::unique_ptr<Backend> backend_;
   std::shared_ptr<Arena> arena_;
   std::unique_ptr<SignalCpu> signal_;
   std::unique_ptr<Rendezvous> rendezvous_;
   std::unique_ptr<Watcher> watcher_;  // calls signal_: destroyed first, hence declared after it
-  std::unique_ptr<CollectivesCpu> cpu_;
+  std::unique_ptr<Collectives> collectives_;
 };
 
 // The groups of this process by name.

@@ -7,9 +7,9 @@
 namespace sglang_symm {
 
 Arena::Arena(std::unique_ptr<Segment> own, const ArenaLayout& layout, int rank)
-    : own_(std::move(own)),
-      layout_(layout),
-      heap_(layout.fixed_bytes, layout.arena_bytes - layout.fixed_bytes, layout.alignment) {
+    : heap_(layout.fixed_bytes, layout.arena_bytes - layout.fixed_bytes, layout.alignment),
+      own_(std::move(own)),
+      layout_(layout) {
   windows_[static_cast<size_t>(rank)] = own_->data();
 }
 
@@ -18,15 +18,25 @@ void Arena::attach(int peer, std::unique_ptr<Segment> segment) {
   peers_[static_cast<size_t>(peer)] = std::move(segment);
 }
 
-void* Arena::allocate(size_t bytes) {
+void* Arena::allocate(size_t bytes, Stream) {
   const std::lock_guard lock(mutex_);
   const auto offset = heap_.allocate(bytes);
-  return offset ? base() + *offset : nullptr;
+  return offset ? at(*offset) : nullptr;
 }
 
 void Arena::free(void* pointer) {
   const std::lock_guard lock(mutex_);
-  heap_.free(static_cast<size_t>(static_cast<std::byte*>(pointer) - base()));
+  heap_.free(offset(pointer));
+}
+
+void Arena::retire() {
+  const std::lock_guard lock(mutex_);
+  retired_ = true;
+}
+
+bool Arena::finished() const {
+  const std::lock_guard lock(mutex_);
+  return retired_ && heap_.live_blocks() == 0;
 }
 
 bool Arena::contains(const void* pointer, size_t bytes) const {
@@ -68,31 +78,32 @@ void ArenaRegistry::add(std::shared_ptr<Arena> arena) {
 }
 
 void ArenaRegistry::retire(const Arena* arena) {
-  std::shared_ptr<Arena> dying;  // unmapped after the lock is released
-  const std::unique_lock lock(mutex_);
-  const auto found = std::find_if(arenas_.begin(), arenas_.end(), [&](const auto& a) { return a.get() == arena; });
-  if (found == arenas_.end()) return;
-  const std::lock_guard arena_lock((*found)->mutex_);
-  (*found)->retired_ = true;
-  if ((*found)->heap_.live_blocks() == 0) {
-    dying = std::move(*found);
-    arenas_.erase(found);
+  std::shared_ptr<Arena> found;
+  {
+    const std::shared_lock lock(mutex_);
+    for (const auto& a : arenas_) {
+      if (a.get() == arena) found = a;
+    }
   }
+  if (found == nullptr) return;
+  found->retire();
+  collect();
+}
+
+void ArenaRegistry::collect() {
+  std::vector<std::shared_ptr<Arena>> finished;  // unmapped after the lock is released
+  const std::unique_lock lock(mutex_);
+  for (auto& arena : arenas_) {
+    if (arena->finished()) finished.push_back(std::move(arena));
+  }
+  arenas_.erase(std::remove(arenas_.begin(), arenas_.end(), nullptr), arenas_.end());
 }
 
 bool ArenaRegistry::free(void* pointer) {
   const std::shared_ptr<Arena> arena = find(pointer);
   if (arena == nullptr) return false;
-  bool last = false;
-  {
-    const std::lock_guard lock(arena->mutex_);
-    arena->heap_.free(static_cast<size_t>(static_cast<std::byte*>(pointer) - arena->base()));
-    last = arena->retired_ && arena->heap_.live_blocks() == 0;
-  }
-  if (last) {
-    const std::unique_lock lock(mutex_);
-    arenas_.erase(std::remove(arenas_.begin(), arenas_.end(), arena), arenas_.end());
-  }
+  arena->free(pointer);
+  if (arena->finished()) collect();
   return true;
 }
 

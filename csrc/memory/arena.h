@@ -4,7 +4,8 @@
 //   heap_offset  heap: blocks that allocate() hands out  the rest
 //
 // allocate() and free() are local: no collective, no lock shared between ranks. A block may outlive the group: the
-// arena stays mapped until its last block is freed (ArenaRegistry below keeps it).
+// arena stays mapped until its last block is freed (ArenaRegistry below keeps it). ArenaCuda gives blocks back in the
+// order of streams.
 #pragma once
 
 #include <array>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "base/stream.h"
 #include "memory/heap.h"
 #include "memory/segment.h"
 
@@ -34,6 +36,7 @@ struct ArenaStats {
 class Arena {
  public:
   Arena(std::unique_ptr<Segment> own, const ArenaLayout& layout, int rank);
+  virtual ~Arena() = default;
 
   // A peer's arena as this process sees it. attach() is called once a peer, before the group's first call.
   void attach(int peer, std::unique_ptr<Segment> segment);
@@ -44,23 +47,32 @@ class Arena {
   int fd() const { return own_->fd(); }
   size_t heap_offset() const { return layout_.fixed_bytes; }
 
-  void* allocate(size_t bytes);  // nullptr when full
-  void free(void* pointer);
+  // A block for work in `stream`; nullptr when full.
+  virtual void* allocate(size_t bytes, Stream stream = nullptr);
+  virtual void free(void* pointer);
+  // The group is gone. From then on finished() tells when nothing lives here any more.
+  virtual void retire();
+  bool finished() const;
   bool contains(const void* pointer, size_t bytes) const;
   // Offset of a range that lies inside this rank's arena, or nothing.
   std::optional<size_t> offset_of(const void* pointer, size_t bytes) const;
   ArenaStats stats() const;
   void reset_peak();
 
+ protected:
+  std::byte* at(size_t offset) const { return base() + offset; }
+  size_t offset(const void* pointer) const {
+    return static_cast<size_t>(static_cast<const std::byte*>(pointer) - base());
+  }
+  mutable std::mutex mutex_;
+  Heap heap_;             // guarded by mutex_
+  bool retired_ = false;  // guarded by mutex_
+
  private:
-  friend class ArenaRegistry;
   std::unique_ptr<Segment> own_;
   ArenaLayout layout_;
   std::array<std::unique_ptr<Segment>, kMaxWorldSize> peers_;
   std::array<std::byte*, kMaxWorldSize> windows_{};
-  mutable std::mutex mutex_;
-  Heap heap_;
-  bool retired_ = false;  // its group is gone; guarded by mutex_
 };
 
 // Finds the arena of an address, for deleters that are given nothing else (PyTorch's raw_deleter).
@@ -72,6 +84,8 @@ class ArenaRegistry {
   void retire(const Arena* arena);
   // Frees a block of some arena; false when the address is in none.
   bool free(void* pointer);
+  // Unmaps the retired arenas in which nothing lives any more.
+  void collect();
   std::shared_ptr<Arena> find(const void* pointer) const;
   size_t size() const;
 

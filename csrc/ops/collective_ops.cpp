@@ -139,7 +139,8 @@ at::Tensor reduce_scatter(const at::Tensor& x, const std::string& name, int64_t 
       const Algorithm algorithm = choose_for(*group, &descriptor, rows.nbytes());
       if (algorithm != Algorithm::process_group) {
         const size_t row = rows.size(0) == 0 ? 0 : static_cast<size_t>(rows.numel() / rows.size(0));
-        group->cpu().reduce_scatter(descriptor, rows.const_data_ptr(), out.mutable_data_ptr(), scaled(sizes, row));
+        group->collectives().reduce_scatter(descriptor, rows.const_data_ptr(), out.mutable_data_ptr(),
+                                            scaled(sizes, row), current_stream(*group));
       } else {
         announce(*group, descriptor);
         const at::Tensor sum = world == 1 ? rows : fallback::all_reduce(*group, rows, "sum");
@@ -178,7 +179,8 @@ at::Tensor all_gather(const at::Tensor& x, const std::string& name, int64_t dim,
       const int64_t longest = *std::max_element(sizes.begin(), sizes.end());
       const Algorithm algorithm = choose_for(*group, &descriptor, static_cast<size_t>(longest) * row);
       if (algorithm != Algorithm::process_group) {
-        group->cpu().all_gather(descriptor, rows.const_data_ptr(), out.mutable_data_ptr(), scaled(sizes, row));
+        group->collectives().all_gather(descriptor, rows.const_data_ptr(), out.mutable_data_ptr(), scaled(sizes, row),
+                                        current_stream(*group));
       } else {
         announce(*group, descriptor);
         out.copy_(world == 1 ? rows : all_gather_by_process_group(*group, rows, sizes));
@@ -204,7 +206,8 @@ void broadcast_(at::Tensor& x, int64_t src, const std::string& name) {
     const std::lock_guard lock(group->order);
     const Algorithm algorithm = choose_for(*group, &descriptor, dense.nbytes());
     if (algorithm != Algorithm::process_group) {
-      group->cpu().broadcast(descriptor, dense.mutable_data_ptr(), dense.nbytes(), static_cast<int>(src));
+      group->collectives().broadcast(descriptor, dense.mutable_data_ptr(), dense.nbytes(), static_cast<int>(src),
+                                     current_stream(*group));
     } else {
       announce(*group, descriptor);
       if (group->world_size() > 1) fallback::broadcast_(*group, dense, src);

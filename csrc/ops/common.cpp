@@ -81,7 +81,7 @@ Algorithm choose_for(const Group& group, Descriptor* descriptor, size_t bytes) {
 }
 
 void announce(Group& group, Descriptor descriptor) {
-  if (group.symmetric()) group.cpu().exchange(descriptor);
+  if (group.symmetric()) group.collectives().announce(descriptor, current_stream(group));
 }
 
 void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const at::Tensor& out,
@@ -103,7 +103,7 @@ void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const
       args.bias = bias.const_data_ptr();
       args.bias_length = static_cast<size_t>(bias.numel());
     }
-    group.cpu().all_reduce(descriptor, args);
+    group.collectives().all_reduce(descriptor, args, current_stream(group));
   } else {
     announce(group, descriptor);
     const at::Tensor sum = group.world_size() == 1 ? x : fallback::all_reduce(group, x, name(reduction));
@@ -134,7 +134,9 @@ at::Tensor wrap_block(void* block, size_t bytes, at::IntArrayRef sizes, const at
 at::Tensor empty_output(Group& group, at::IntArrayRef sizes, const at::TensorOptions& options, bool symmetric) {
   const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
   if (symmetric && group.arena() && bytes != 0) {
-    if (void* block = group.allocate_output(bytes, /*required=*/false)) return wrap_block(block, bytes, sizes, options);
+    if (void* block = group.allocate_output(bytes, /*required=*/false, current_stream(group))) {
+      return wrap_block(block, bytes, sizes, options);
+    }
     warn_full_once(group, bytes);
   } else if (bytes != 0) {
     group.counters.outputs_outside.fetch_add(1, std::memory_order_relaxed);

@@ -25,6 +25,15 @@ auto guarded(const Body& body) {
   }
 }
 
+// The stream that this thread's work on the group's device goes to now; null on the CPU.
+#ifdef SGLANG_SYMM_WITH_CUDA
+Stream current_stream(const Group& group);
+#else
+inline Stream current_stream(const Group&) {
+  return nullptr;
+}
+#endif
+
 DType to_dtype(at::ScalarType type);
 ReduceOp to_reduce_op(const std::string& op);
 

@@ -36,15 +36,11 @@ std::string group_listen(const std::string& name, const std::string& device, int
                          const std::vector<std::string>& settings) {
   return guarded([&] {
     GroupConfig config = make_config(name, device, rank, world_size, process_group, settings);
-    if (device != "cpu") {
-      fail(ErrorKind::argument, "symmetric memory on device '", device,
-           "', expected 'cpu'. Use communicator='process_group'");
-    }
     if (arena_bytes < 0) fail(ErrorKind::argument, "arena_bytes ", arena_bytes, ", expected a size in bytes");
     config.arena_bytes = static_cast<size_t>(arena_bytes);
     auto group = std::make_shared<Group>(config);
     GroupRegistry::instance().add(group);
-    install_cpu_allocator();
+    if (device == "cpu") install_cpu_allocator();
     return group->address();
   });
 }

@@ -10,8 +10,13 @@ namespace {
 
 // The groups whose use_symmetric_memory this thread is inside of, innermost last.
 thread_local std::vector<std::shared_ptr<Group>> scopes;
-// The innermost, for allocate(): outside of any context an allocation costs this one read.
+// The innermost, if it is a CPU group, for allocate(): outside of any context an allocation costs this one read.
 thread_local Group* current = nullptr;
+
+void set_current() {
+  Group* innermost = scopes.empty() ? nullptr : scopes.back().get();
+  current = innermost != nullptr && innermost->config().device == "cpu" ? innermost : nullptr;
+}
 
 // PyTorch's CPU allocator with an arena in front. Blocks are told apart by address, because raw_deleter() gets no more.
 class ArenaFirstAllocator final : public c10::Allocator {
@@ -62,7 +67,7 @@ void enter_symmetric_memory(const std::string& name) {
            "symmetric memory. Expected a group of communicator 'symm'");
     }
     scopes.push_back(std::move(group));
-    current = scopes.back().get();
+    set_current();
   });
 }
 
@@ -74,7 +79,7 @@ void exit_symmetric_memory(const std::string& name) {
            ". Enter and leave it in one thread, innermost first");
     }
     scopes.pop_back();
-    current = scopes.empty() ? nullptr : scopes.back().get();
+    set_current();
   });
 }
 
@@ -95,7 +100,7 @@ at::Tensor empty(at::SymIntArrayRef size, const std::string& name, at::ScalarTyp
     }
     const auto options = at::TensorOptions().dtype(dtype).device(device);
     const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-    return wrap_block(group->allocate_output(bytes, /*required=*/true), bytes, sizes, options);
+    return wrap_block(group->allocate_output(bytes, /*required=*/true, current_stream(*group)), bytes, sizes, options);
   });
 }
 
@@ -111,12 +116,12 @@ std::vector<int64_t> rendezvous(const at::Tensor& x, const std::string& name) {
     auto group = group_for(x, name, "rendezvous");
     if (!x.is_contiguous())
       fail(ErrorKind::argument, "rendezvous: expected a contiguous tensor, got strides ", x.strides());
-    CollectivesCpu& cpu = group->cpu();
+    Collectives& collectives = group->collectives();
     const auto offset = group->arena()->offset_of(x.const_data_ptr(), x.nbytes());
     Descriptor descriptor;
     descriptor.op = OpCode::rendezvous;
     const std::lock_guard lock(group->order);
-    const auto offsets = cpu.exchange(descriptor, offset.value_or(kNoOffset));
+    const auto offsets = collectives.exchange(descriptor, offset.value_or(kNoOffset));
     count_call(*group, Algorithm::one_shot);
     std::string outside;
     for (size_t r = 0; r < offsets.size(); r++) {
@@ -149,8 +154,12 @@ at::Tensor peer_view(const std::string& name, int64_t peer, int64_t offset, at::
       fail(ErrorKind::argument, "offset ", offset, " is no multiple of the size of ", dtype);
     }
     // The view keeps the arena mapped, not the peer's block alive: that is the peer's to do.
-    return at::from_blob(
-        group->arena()->window(static_cast<int>(peer)) + offset, size, [arena = group->arena()](void*) {}, options);
+    // A peer's GPU memory is used from this rank's device, whatever device it lies on.
+    return at::for_blob(group->arena()->window(static_cast<int>(peer)) + offset, size)
+        .deleter([arena = group->arena()](void*) {})
+        .target_device(options.device())
+        .options(options)
+        .make_tensor();
   });
 }
 

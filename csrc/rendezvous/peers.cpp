@@ -98,14 +98,18 @@ std::string join(const std::vector<int>& ranks) {
 
 }  // namespace
 
+void check_members(int rank, int world_size) {
+  if (world_size < 1 || world_size > kMaxWorldSize) {
+    fail(ErrorKind::argument, "a group of ", world_size, " ranks, expected 1 to ", kMaxWorldSize);
+  }
+  if (rank < 0 || rank >= world_size) {
+    fail(ErrorKind::argument, "rank ", rank, " in a group of ", world_size, " ranks");
+  }
+}
+
 Rendezvous::Rendezvous(const Identity& identity)
     : identity_(identity), listener_(listen_abstract(2 * kMaxWorldSize)), token_(random_token()) {
-  if (identity.world_size < 1 || identity.world_size > kMaxWorldSize) {
-    fail(ErrorKind::argument, "a group of ", identity.world_size, " ranks, expected 1 to ", kMaxWorldSize);
-  }
-  if (identity.rank < 0 || identity.rank >= identity.world_size) {
-    fail(ErrorKind::argument, "rank ", identity.rank, " in a group of ", identity.world_size, " ranks");
-  }
+  check_members(identity.rank, identity.world_size);
 }
 
 std::string Rendezvous::address() const {

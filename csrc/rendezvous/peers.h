@@ -37,6 +37,9 @@ struct Peer {
   std::vector<Fd> fds;  // the peer's segments, in its order
 };
 
+// Raises unless 1 <= world_size <= kMaxWorldSize and 0 <= rank < world_size.
+void check_members(int rank, int world_size);
+
 class Rendezvous {
  public:
   explicit Rendezvous(const Identity& identity);

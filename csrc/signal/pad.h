@@ -6,6 +6,8 @@
 //   from[s].done                 rank s, when it no longer      the owner   e of an old call   release / acquire
 //                                touches any peer's memory
 //   abort (rank 0's pad only)    any rank, once (CAS)           every rank  state == empty     acq_rel / acquire
+//   device                       the owner's GPU, once          every rank  state == empty     release / acquire
+//   left                         the owner's watcher            the owner   0                  release / acquire
 //
 // Two parities are enough: a call ends only when it holds every peer's header of the same epoch. So a rank in call n +
 // 2 knows that each peer has begun n + 1, hence has finished n and reads nothing of parity n any more. docs/protocol.md
@@ -51,6 +53,8 @@ struct alignas(64) AbortRecord {
 
 struct Pad {
   AbortRecord abort;
+  AbortRecord device;                      // what this rank's kernels found; moved to `abort` by a host
+  alignas(64) std::atomic<uint32_t> left;  // bit r: rank r said bye to this rank
   PadEntry from[kMaxWorldSize];
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "pads are shared between processes");

@@ -60,7 +60,7 @@ void SignalCpu::await(const Call& call, const Present& present) {
     const double seconds = call.epoch == 1 ? deadlines_.first_seconds : deadlines_.seconds;
     const auto give_up = [&] {
       if (record().state.load(std::memory_order_acquire) != AbortRecord::kEmpty) return true;
-      if ((left_.load(std::memory_order_acquire) >> peer & 1) != 0) return true;
+      if ((left() >> peer & 1) != 0) return true;
       if (end_ns == 0) end_ns = now_ns() + static_cast<int64_t>(seconds * 1e9);
       return now_ns() >= end_ns;
     };
@@ -69,15 +69,15 @@ void SignalCpu::await(const Call& call, const Present& present) {
       continue;
 
     AbortRecord what{};
-    what.kind = (left_.load(std::memory_order_acquire) >> peer & 1) != 0 ? AbortKind::left : AbortKind::missing;
+    what.kind = (left() >> peer & 1) != 0 ? AbortKind::left : AbortKind::missing;
     for (int r = 0; r < world_size_; r++) {
-      const bool counts = what.kind == AbortKind::missing || (left_.load(std::memory_order_acquire) >> r & 1) != 0;
+      const bool counts = what.kind == AbortKind::missing || (left() >> r & 1) != 0;
       if (r != rank_ && counts && !present(r)) what.culprits |= 1u << r;
     }
     what.epoch = call.epoch;
     what.seconds = seconds;
     what.expected = call.descriptor;
-    report(what);
+    report(what, rank_);
     check();
   }
 }
@@ -94,7 +94,7 @@ void SignalCpu::arrive(const Call& call) {
     what.epoch = call.epoch;
     what.expected = reference;
     what.got = descriptor_of(r);
-    report(what);
+    report(what, rank_);
     check();
   }
 }
@@ -106,25 +106,36 @@ void SignalCpu::finish(const Call& call) {
   await(call, [&](int peer) { return pad(rank_)->from[peer].done.load(std::memory_order_acquire) >= call.epoch; });
 }
 
+std::vector<uint64_t> SignalCpu::exchange(const Descriptor& descriptor, uint64_t offset) {
+  std::vector<uint64_t> offsets(static_cast<size_t>(world_size_), offset);
+  if (world_size_ == 1) return offsets;
+  const Call call = start(descriptor, offset, kNoOffset);
+  arrive(call);
+  for (int r = 0; r < world_size_; r++) {
+    if (r != rank_) offsets[static_cast<size_t>(r)] = header(call, r).offset_in;
+  }
+  return offsets;
+}
+
 void SignalCpu::on_peer(int peer, pid_t pid, PeerEvent event) {
   if (event == PeerEvent::left) {
     // No death: an error only for somebody who waits for it.
-    left_.fetch_or(1u << peer, std::memory_order_release);
+    own_pad()->left.fetch_or(1u << peer, std::memory_order_release);
     return;
   }
   AbortRecord what{};
   what.kind = AbortKind::died;
   what.culprits = 1u << peer;
   what.pid = static_cast<uint64_t>(pid);
-  report(what);
+  report(what, rank_);
 }
 
-void SignalCpu::report(const AbortRecord& what) {
+void SignalCpu::report(const AbortRecord& what, int reporter) const {
   AbortRecord& target = record();
   uint32_t state = AbortRecord::kEmpty;
   if (!target.state.compare_exchange_strong(state, AbortRecord::kBeingWritten, std::memory_order_acq_rel)) return;
   target.kind = what.kind;
-  target.reporter = static_cast<uint32_t>(rank_);
+  target.reporter = static_cast<uint32_t>(reporter);
   target.culprits = what.culprits;
   target.epoch = what.epoch;
   target.pid = what.pid;
@@ -135,8 +146,19 @@ void SignalCpu::report(const AbortRecord& what) {
 }
 
 std::string SignalCpu::failure() const {
+  if (pad(0) == nullptr) return "";  // not connected yet
   const AbortRecord& found = record();
-  if (found.state.load(std::memory_order_acquire) == AbortRecord::kEmpty) return "";
+  if (found.state.load(std::memory_order_acquire) == AbortRecord::kEmpty) {
+    // A device can write only its own rank's record; whichever host sees it first hands it on.
+    for (int r = 0; r < world_size_; r++) {
+      const Pad* of_rank = pad(r);
+      if (of_rank == nullptr || of_rank->device.state.load(std::memory_order_acquire) != AbortRecord::kComplete)
+        continue;
+      report(of_rank->device, r);
+      break;
+    }
+    if (found.state.load(std::memory_order_acquire) == AbortRecord::kEmpty) return "";
+  }
   // Its writer needs nanoseconds; should it have died in between, what is there still tells more than nothing.
   const Deadline patience(1.0);
   while (found.state.load(std::memory_order_acquire) != AbortRecord::kComplete && !patience.passed()) sched_yield();

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "memory/segment_cpu.h"
 #include "rendezvous/peers.h"
@@ -41,8 +42,15 @@ class SignalCpu {
   Call start(const Descriptor& descriptor, uint64_t offset_in, uint64_t offset_out);
   void arrive(const Call& call);
   void finish(const Call& call);
+  // Headers only: nobody returns before all have come. Returns every rank's offset.
+  std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset = kNoOffset);
   // A peer's header of this call; valid after arrive().
   const Header& header(const Call& call, int peer) const { return pad(rank_)->from[peer].header[call.parity()]; }
+
+  // This rank's pad, and the record that all ranks raise from: for devices that poll and write host memory.
+  Pad* own_pad() const { return pad(rank_); }
+  const AbortRecord* abort_record() const { return &record(); }
+  const Deadlines& deadlines() const { return deadlines_; }
 
   // From the watcher's thread.
   void on_peer(int peer, pid_t pid, PeerEvent event);
@@ -57,7 +65,8 @@ class SignalCpu {
   AbortRecord& record() const { return pad(0)->abort; }
   template <class Present>
   void await(const Call& call, const Present& present);
-  void report(const AbortRecord& what);
+  void report(const AbortRecord& what, int reporter) const;
+  uint32_t left() const { return pad(rank_)->left.load(std::memory_order_acquire); }
   std::string describe(const AbortRecord& record) const;
 
   std::string group_;
@@ -69,7 +78,6 @@ class SignalCpu {
   std::array<std::unique_ptr<SegmentCpu>, kMaxWorldSize> peers_;
   std::array<Pad*, kMaxWorldSize> pads_{};
   uint64_t epoch_ = 0;
-  std::atomic<uint32_t> left_{0};  // bit r: rank r said bye
 };
 
 }  // namespace sglang_symm

@@ -44,8 +44,8 @@ TEST(Group, RanksWhoseTensorsLieInTheArenaAndOutsideGiveTheSameSum) {
     float* x = inside ? static_cast<float*>(group.arena()->allocate(kCount * sizeof(float))) : outside.data();
     for (int repeat = 0; repeat < 20; repeat++) {
       for (size_t i = 0; i < kCount; i++) x[i] = value(group.rank(), i + static_cast<size_t>(repeat));
-      group.cpu().all_reduce(describe(OpCode::all_reduce, Algorithm::two_shot_direct, DType::float32, kCount),
-                             {x, x, kCount, DType::float32});
+      group.collectives().all_reduce(describe(OpCode::all_reduce, Algorithm::two_shot_direct, DType::float32, kCount),
+                                     {x, x, kCount, DType::float32});
       for (size_t i = 0; i < kCount; i++) {
         float expected = 0;
         for (int r = 0; r < 3; r++) expected += value(r, i + static_cast<size_t>(repeat));
@@ -64,8 +64,8 @@ TEST(Group, ReduceScatterAllGatherAndBroadcastMoveUnevenParts) {
       const size_t total = 40017;
       std::vector<float> in(total), out(sizes[me]);
       for (size_t i = 0; i < total; i++) in[i] = value(group.rank(), i);
-      group.cpu().reduce_scatter(describe(OpCode::reduce_scatter, algorithm, DType::float32, total), in.data(),
-                                 out.data(), sizes);
+      group.collectives().reduce_scatter(describe(OpCode::reduce_scatter, algorithm, DType::float32, total), in.data(),
+                                         out.data(), sizes);
       const size_t begin = me == 2 ? 40000 : 0;
       for (size_t i = 0; i < sizes[me]; i++) {
         const float expected = value(0, begin + i) + value(1, begin + i) + value(2, begin + i);
@@ -74,16 +74,16 @@ TEST(Group, ReduceScatterAllGatherAndBroadcastMoveUnevenParts) {
       std::vector<size_t> bytes;
       for (const size_t n : sizes) bytes.push_back(n * sizeof(float));
       std::vector<float> all(total);
-      group.cpu().all_gather(describe(OpCode::all_gather, algorithm, DType::float32, total), out.data(), all.data(),
-                             bytes);
+      group.collectives().all_gather(describe(OpCode::all_gather, algorithm, DType::float32, total), out.data(),
+                                     all.data(), bytes);
       for (size_t i = 0; i < total; i++) {
         const float expected = value(0, i) + value(1, i) + value(2, i);
         if (all[i] != expected) throw std::runtime_error(cat("all_gather element ", i));
       }
       for (int src = 0; src < 3; src++) {
         std::vector<float> data(30000, static_cast<float>(group.rank()));
-        group.cpu().broadcast(describe(OpCode::broadcast, algorithm, DType::float32, data.size()), data.data(),
-                              data.size() * sizeof(float), src);
+        group.collectives().broadcast(describe(OpCode::broadcast, algorithm, DType::float32, data.size()), data.data(),
+                                      data.size() * sizeof(float), src);
         for (const float x : data) {
           if (x != static_cast<float>(src)) throw std::runtime_error("broadcast");
         }
@@ -172,8 +172,9 @@ TEST(Group, AnOffsetOutsideOfTheArenaIsRefused) {
     // A rank whose header lies: the reader must not follow it.
     std::vector<float> x(1 << 16);
     all_reduce(group, Algorithm::one_shot, x);
-    group.cpu().broadcast(describe(OpCode::broadcast, Algorithm::one_shot, DType::float32, 4), x.data(), 16,
-                          group.rank() == 0 ? 1 : 0);  // both think that the other is the source: no offset was sent
+    group.collectives().broadcast(
+        describe(OpCode::broadcast, Algorithm::one_shot, DType::float32, 4), x.data(), 16,
+        group.rank() == 0 ? 1 : 0);  // both think that the other is the source: no offset was sent
   });
   EXPECT_NE(errors[0].find("outside of its arena"), std::string::npos) << errors[0];
 }

@@ -79,8 +79,8 @@ inline Descriptor describe(OpCode op, Algorithm algorithm, DType dtype, uint64_t
 }
 
 inline void all_reduce(Group& group, Algorithm algorithm, std::vector<float>& x) {
-  group.cpu().all_reduce(describe(OpCode::all_reduce, algorithm, DType::float32, x.size()),
-                         {x.data(), x.data(), x.size(), DType::float32});
+  group.collectives().all_reduce(describe(OpCode::all_reduce, algorithm, DType::float32, x.size()),
+                                 {x.data(), x.data(), x.size(), DType::float32});
 }
 
 }  // namespace sglang_symm::testing
