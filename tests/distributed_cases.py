@@ -1,12 +1,16 @@
-"""What the tests over ranks share: inputs that every rank can compute for every rank, references, comparison of bits."""
+"""What tests over ranks share: inputs that every rank can compute for every rank, references, comparison of bits."""
 
 from __future__ import annotations
 
+import base64
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from sglang_symm.distributed.rendezvous import Meeting, default_store
 
 NATIVE = [torch.float32, torch.bfloat16, torch.float16]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,10 +48,11 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of each rank of the world, by the process group."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    """The value of each rank of the world; through the store, which no failed test can break. Also a barrier."""
+    meeting = Meeting(default_store(), "test gather", dist.get_rank(), dist.get_world_size(), 60)
+    meeting.agree({})
+    texts = meeting.exchange("value", base64.b64encode(pickle.dumps(value)).decode())
+    return [pickle.loads(base64.b64decode(text)) for text in texts]
 
 
 def raised(call: Any, *args: Any, **kwargs: Any) -> BaseException | None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from sglang_symm import _library
 from sglang_symm.distributed.rendezvous import (
     ERROR_PREFIX,
+    Deadline,
     Meeting,
     default_store,
     host_identity,
@@ -31,6 +32,7 @@ PROCESS_GROUP = "process_group"
 ALGORITHMS = ("auto", "one_shot", "two_shot", "two_shot_direct", "process_group")
 MAX_SYMM_WORLD = 16
 _DEFAULT_CPU_ARENA_BYTES = 64 << 20
+_GRACE = 10.0  # seconds
 
 
 def _env_bool(name: str, default: bool) -> bool:
@@ -284,6 +286,8 @@ class Group:
         try:
             addresses = meeting.exchange("address", attempt(listen))
             if self.communicator == SYMM:
+                # Connecting has a deadline of its own, after which there is still something to tell.
+                meeting.deadline = Deadline(self.settings.first_timeout + _GRACE)
                 meeting.exchange(
                     "ready", attempt(lambda: torch.ops.sglang_symm._group_connect(self.unique_name, addresses))
                 )

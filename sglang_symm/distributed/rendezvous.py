@@ -28,6 +28,7 @@ from torch.distributed import distributed_c10d
 
 ERROR_PREFIX = "error: "
 _PREFIX = "sglang_symm"
+_LAST_WORD_SECONDS = 1.0
 _GONE = "gone"  # value of a join whose member gave up
 
 
@@ -112,10 +113,13 @@ class Meeting:
     def _lead(
         self, config: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
     ) -> dict[str, Any]:
-        store, others = self._store, range(1, self.world_size)
+        store, others = self._store, list(range(1, self.world_size))
         store.set("join/0", "leader")
         try:
-            joins = self._collect_joins(list(others))
+            joins = self._collect_joins(others)
+        except dist.DistBackendError as error:
+            self._dismiss(others, str(error))
+            raise
         finally:
             store.delete_key("join/0")
         for rank in others:
@@ -141,11 +145,21 @@ class Meeting:
                 raise _missing(gone, self.deadline, f"creation of {self.label}")
             time.sleep(0.01)
 
+    def _dismiss(self, others: list[int], sentence: str) -> None:
+        """Tell those that did come whom they wait for in vain."""
+        for key in (f"join/{rank}" for rank in others):
+            if self._store.check([key]) and (text := self._store.get(key).decode()) != _GONE:
+                self._store.set(f"answer/{json.loads(text)['token']}", json.dumps({"missing": sentence}))
+                self._store.delete_key(key)
+
     def _follow(self, config: dict[str, Any]) -> dict[str, Any]:
         store, token = self._store, uuid.uuid4().hex
         store.set(f"join/{self.rank}", json.dumps({"token": token, "config": config}))
         try:
             arrived = _wait_for(store, [f"answer/{token}"], self.deadline)
+            if not arrived and store.check(["join/0"]):
+                # Member 0 gives up about now, and its sentence is the one that all members raise.
+                arrived = _wait_for(store, [f"answer/{token}"], Deadline(_LAST_WORD_SECONDS))
         except BaseException:
             store.set(f"join/{self.rank}", _GONE)
             raise
@@ -157,6 +171,8 @@ class Meeting:
             raise _missing(missing or [0], self.deadline, f"creation of {self.label}")
         answer = json.loads(store.get(f"answer/{token}"))
         store.delete_key(f"answer/{token}")
+        if "missing" in answer:
+            raise dist.DistBackendError(answer["missing"])
         return self._take(answer)
 
     def _take(self, answer: dict[str, Any]) -> dict[str, Any]:

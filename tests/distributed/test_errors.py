@@ -18,7 +18,6 @@ WRONG = {
     "device": lambda g: g.all_reduce(torch.ones(4, device="meta")),
     "device of all_reduce_": lambda g: g.all_reduce_(torch.ones(4, device="meta")),
     "device of all_gather": lambda g: g.all_gather(torch.ones(4, device="meta")),
-    "device of the op": lambda g: torch.ops.sglang_symm.all_reduce_(torch.ones(4, device="meta"), g.unique_name),
     "op": lambda g: g.all_reduce(torch.ones(4), op="median"),
     "src": lambda g: g.broadcast(torch.ones(4), src=g.world_size),
     "negative src": lambda g: g.broadcast(torch.ones(4), src=-1),
@@ -95,7 +94,12 @@ DIFFERENT = {
         "all_gather",
         "all_gather",
     ),
-    "gather length": (lambda g: g.all_gather(torch.ones(4)), lambda g: g.all_gather(torch.ones(5)), "4", "5"),
+    "gather length": (
+        lambda g: g.all_gather(torch.ones(4)),
+        lambda g: g.all_gather(torch.ones(5)),
+        "all_gather",
+        "all_gather",
+    ),
 }
 
 
