@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if --compare-transformers found a difference; 2 for wrong arguments or a model that cannot be
-    run."""
+    run; 3 if a rank died or did not come, or memory was full."""
     try:
         _check(args)
         # Before the ranks start, so that they do not wait for the conversion of a file inside their deadlines.
@@ -85,6 +85,9 @@ def main(args: argparse.Namespace) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"sglang_symm generate: {error}", file=sys.stderr)
         return 2
+    except (dist.DistError, torch.OutOfMemoryError) as error:
+        print(f"sglang_symm generate: {error}", file=sys.stderr)
+        return 3
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,0 +1,150 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
+"""The command `python -m sglang_symm generate` from outside, on a tiny model, and the tokenizer that it uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_cases
+import pytest
+
+from sglang_symm import _library
+from sglang_symm.models.tokenizer import Tokenizer
+
+WORDS = [f"w{i}" for i in range(125)]
+TEMPLATE = (
+    "{% for message in messages %}{{ bos_token }} {{ message['role'] }} {{ message['content'] }} {% endfor %}\n"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+needs_library = pytest.mark.skipif(_library.attempt() is not None, reason="the native library is not built")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer of 128 words."""
+    import tokenizers
+
+    folder = llama_cases.make_folder(tmp_path_factory.mktemp("llama") / "model")
+    vocab = {word: i for i, word in enumerate(["<s>", "user", "assistant", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sglang_symm", "generate", *map(str, words)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@needs_library
+def test_answers_of_several_ranks_equal_transformers_and_come_with_what_the_memory_did(folder: Path) -> None:
+    words = [folder, "--tp", 2, "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 5, "--compare-transformers"]
+    done = run(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [answer["equals_transformers"] for answer in report["answers"]] == [True, True]
+    assert [len(answer["token_ids"]) for answer in report["answers"]] == [5, 5]
+    assert report["answers"][0]["prompt_tokens"] == 5  # <s> user w5 w6 assistant
+    assert report["generated_tokens"] == 10
+    assert report["tokens_per_second"] > 0
+    group = report["groups"][0]
+    assert group["outputs_inside"] > 0
+    assert group["outputs_outside"] == 0
+    assert group["memory"]["peak_bytes"] > 0
+    assert sum(group["calls_by_algorithm"].values()) > 0
+
+
+@needs_library
+def test_text_for_people_tells_layout_speed_memory_and_calls(folder: Path) -> None:
+    done = run(
+        folder, "--tp", 2, "--attention-dp", 2, "--prompt", "w5", "--max-new-tokens", 3, "--raw", "--no-symm-mem"
+    )
+    assert done.returncode == 0, done.stderr
+    assert ">>> w5" in done.stdout
+    assert "2 ranks: attention-DP 2 x attention-TP 1, MLP over tp, float32 on cpu, symmetric memory off" in done.stdout
+    for word in ("tokens/s", "peak", "outside", "calls"):
+        assert word in done.stdout
+
+
+@needs_library
+def test_a_difference_from_transformers_is_exit_code_1(folder: Path, tmp_path: Path) -> None:
+    """Ours is told to go on after a stop token of the model's config, transformers is not."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sglang_symm.generate as g\n"
+        "g.transformers_greedy = lambda folder, prompts, params: [[0]] * len(prompts)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run(folder, "--prompt", "w5", "--max-new-tokens", 2, "--compare-transformers", PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    assert "DIFFERENT from" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tp", "3", "--attention-dp", "2"], "--tp 3 does not divide by --attention-dp 2"),
+        (["--temperature", "1", "--compare-transformers"], "expected --temperature 0 --dtype float32"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line_and_exit_code_2(folder: Path, words: list[str], message: str) -> None:
+    done = run(folder, "--prompt", "w1", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sglang_symm generate: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_not_there_is_one_line_that_names_it(tmp_path: Path) -> None:
+    for model, found in ((tmp_path / "none", "config.json"), (tmp_path / "none.gguf", "GGUF file")):
+        done = run(model, "--prompt", "x")
+        assert done.returncode == 2
+        assert found in done.stderr
+        assert str(model) in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@needs_library
+def test_sizes_that_the_ranks_do_not_divide_are_named_once(folder: Path) -> None:
+    done = run(folder, "--tp", 3, "--prompt", "w1")
+    assert done.returncode == 2
+    assert done.stderr.count("128 does not divide by the 3 ranks") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_the_tokenizer_agrees_with_transformers(folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    ours = Tokenizer(folder)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", chat_template=TEMPLATE
+    )
+    conversation = [{"role": "user", "content": "w5 w9"}]
+    expected = theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ours.chat("w5 w9") == expected == [0, 1, 8, 12, 2]
+    assert ours.encode("w5 w9") == theirs("w5 w9")["input_ids"] == [8, 12]
+    assert ours.decode([0, 8, 12]) == theirs.decode([0, 8, 12], skip_special_tokens=True) == "w5 w9"
+
+
+def test_a_model_without_chat_template_says_so(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer(tmp_path).chat("w1")
+
+
+def test_a_chat_template_can_run_no_code(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(Exception, match="unsafe"):
+        Tokenizer(tmp_path).chat("w1")
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+    with pytest.raises(ValueError, match="chat template: no system message"):
+        Tokenizer(tmp_path).chat("w1")
