@@ -59,7 +59,7 @@ class Part:
             status = process.wait(self.limit)
         except subprocess.TimeoutExpired:
             status, self.note = stop(process), f"did not end within {self.limit:.0f} s"
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or a signal to end
             stop(process)
             raise
         self.seconds = time.monotonic() - start
@@ -154,6 +154,7 @@ def summary(parts: list[Part], gtest_missing: bool) -> str:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
