@@ -17,6 +17,7 @@
 
 #include "base/clock.h"
 #include "base/error.h"
+#include "collective/sum.h"
 #include "group/group.h"
 
 namespace {
@@ -59,15 +60,15 @@ void run_rank(Shared* shared, int rank, int world, double seconds) {
       for (int batch = 0; batch < kBatches; batch++) {
         std::fill(x, x + count, 0.0f);
         x[count - 1] = 1.0f / 1024;
-        group.cpu().exchange({.op = OpCode::barrier});
+        group.collectives().exchange({.op = OpCode::barrier});
         const int64_t start = now_ns();
-        for (int call = 0; call < calls; call++) group.cpu().all_reduce(descriptor, args);
+        for (int call = 0; call < calls; call++) group.collectives().all_reduce(descriptor, args);
         shared->us[rank][batch] = static_cast<double>(now_ns() - start) / 1e3 / calls;
         float expected = 1.0f / 1024;
         for (int call = 0; call < calls; call++) expected *= static_cast<float>(world);
         if (x[count - 1] != expected) fail(ErrorKind::system, "wrong sum: ", x[count - 1], ", expected ", expected);
       }
-      group.cpu().exchange({.op = OpCode::barrier});
+      group.collectives().exchange({.op = OpCode::barrier});
       if (rank == 0) {
         std::vector<double> slowest(kBatches);
         for (int batch = 0; batch < kBatches; batch++) {
@@ -82,7 +83,7 @@ void run_rank(Shared* shared, int rank, int world, double seconds) {
                     2.0 * (world - 1) / world * static_cast<double>(bytes) / slowest[kBatches / 2] / 1e3);
         std::fflush(stdout);
       }
-      group.cpu().exchange({.op = OpCode::barrier});
+      group.collectives().exchange({.op = OpCode::barrier});
     }
     group.arena()->free(x);
   }
