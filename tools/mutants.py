@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant(
         "a rank that left is not noticed",
         "signal/signal_cpu.cpp",
-        "left_.fetch_or(1u << peer, std::memory_order_release);",
+        "own_pad()->left.fetch_or(1u << peer, std::memory_order_release);",
         "(void)peer;",
     ),
     Mutant(
@@ -130,8 +130,8 @@ MUTANTS = [
     Mutant(
         "a retired arena is unmapped under a live tensor",
         "memory/arena.cpp",
-        "if ((*found)->heap_.live_blocks() == 0) {",
-        "if ((*found)->heap_.live_blocks() != 9999) {",
+        "return retired_ && heap_.live_blocks() == 0;",
+        "return retired_;",
         "ArenaRegistry.*",
     ),
     Mutant(
