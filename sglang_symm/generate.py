@@ -107,7 +107,7 @@ def _run_rank(args: argparse.Namespace, folder: Path) -> int:
     tokenizer = Tokenizer(folder)
     encode = tokenizer.chat if args.chat or (tokenizer.chat_template and not args.raw) else tokenizer.encode
     prompts = [encode(prompt) for prompt in args.prompt]
-    runner = ModelRunner(folder, _server_args(args), progress=True)
+    runner = ModelRunner(folder, _server_args(args, prompts), progress=True)
     try:
         began = time.perf_counter()
         completions = runner.generate(prompts, params)
@@ -129,7 +129,9 @@ def _run_rank(args: argparse.Namespace, folder: Path) -> int:
     return int(not all(answer.get("equals_transformers", True) for answer in report["answers"]))
 
 
-def _server_args(args: argparse.Namespace) -> ServerArgs:
+def _server_args(args: argparse.Namespace, prompts: Sequence[Sequence[int]]) -> ServerArgs:
+    # The cache is made for what these prompts need, within the limits given.
+    batch, length = -(-len(prompts) // args.attention_dp), max(map(len, prompts)) + args.max_new_tokens
     return ServerArgs(
         tensor_parallel_size=args.tp,
         attention_data_parallel_size=args.attention_dp,
@@ -137,8 +139,8 @@ def _server_args(args: argparse.Namespace) -> ServerArgs:
         mlp_group=args.mlp_group,
         dtype=_DTYPES[args.dtype],
         device=args.device,
-        max_batch=args.max_batch,
-        max_len=args.max_len,
+        max_batch=min(args.max_batch, batch),
+        max_len=min(args.max_len, length),
         arena_bytes=None if args.arena_mib is None else args.arena_mib << 20,
     )
 
