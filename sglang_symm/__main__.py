@@ -13,6 +13,7 @@ from ._version import __version__
 COMMANDS = {
     "env": ("env_report", "what this machine has, and whether the native library fits it"),
     "generate": ("generate", "answer prompts with a Llama over several ranks"),
+    "bench": ("bench", "time collectives beside those of Gloo, DeepSpeed and MPI"),
 }
 
 
