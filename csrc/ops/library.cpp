@@ -1,7 +1,8 @@
 // Every schema on one screen. `group` is a group's unique name; ranks are ranks in the group.
 //
 // Registered for all backends at once: each op checks that its tensors are on the group's device and says so in a
-// sentence, where a missing kernel would only name a dispatch key. Fake kernels are in sglang_symm/_fake.py.
+// sentence, where a missing kernel would only name a dispatch key. Gradients are in autograd.cpp, fake kernels in
+// sglang_symm/_fake.py.
 #include <torch/library.h>
 
 #include "ops/ops.h"
