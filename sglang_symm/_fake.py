@@ -29,6 +29,14 @@ def _like(x: Tensor, shape: Sequence[int | torch.SymInt]) -> Tensor:
     return x.new_empty(shape)
 
 
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"sglang_symm: row_parallel_linear: x {list(x.shape)} does not fit weight {list(weight.shape)}"
+        )
+    return _like(x, [*x.shape[:-1], weight.shape[0]])
+
+
 def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
     return _like(x, x.shape)
 
@@ -41,14 +49,26 @@ def reduce_scatter(x: Tensor, group: str, dim: int = 0, sizes: Sequence[int] | N
     rank, world_size = _members(group)
     dim = _normalised(dim, x)
     shape = list(x.shape)
+    if sizes is None and shape[dim] % world_size:
+        raise ValueError(
+            f"sglang_symm: reduce_scatter: {shape[dim]} does not divide by {world_size} ranks; give sizes="
+        )
+    if sizes is not None and (len(sizes) != world_size or sum(sizes) != shape[dim]):
+        raise ValueError(
+            f"sglang_symm: reduce_scatter: expected {world_size} sizes that sum to {shape[dim]}, got {sizes}"
+        )
     shape[dim] = shape[dim] // world_size if sizes is None else sizes[rank]
     return _like(x, shape)
 
 
 def all_gather(x: Tensor, group: str, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
-    _, world_size = _members(group)
+    rank, world_size = _members(group)
     dim = _normalised(dim, x)
     shape = list(x.shape)
+    if sizes is not None and (len(sizes) != world_size or sizes[rank] != shape[dim]):
+        raise ValueError(
+            f"sglang_symm: all_gather: expected {world_size} sizes, {shape[dim]} on rank {rank}, got {sizes}"
+        )
     shape[dim] = shape[dim] * world_size if sizes is None else sum(sizes)
     return _like(x, shape)
 
@@ -64,7 +84,7 @@ def barrier(token: Tensor, group: str) -> None:
 def row_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: str, symmetric: bool = True, static_weight: bool = False
 ) -> Tensor:
-    return _like(x, [*x.shape[:-1], weight.shape[0]])
+    return _linear(x, weight)
 
 
 def row_parallel_linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, out: Tensor) -> None:
@@ -87,7 +107,7 @@ def row_parallel_linear_add_rms_norm(
     group: str,
     static_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _like(x, [*x.shape[:-1], weight.shape[0]]), _like(residual, residual.shape)
+    return _linear(x, weight), _like(residual, residual.shape)
 
 
 for _fake in (

@@ -7,6 +7,7 @@ allocate.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -52,16 +53,15 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> contextlib.Abs
 
     Raises:
         ValueError: the group's communicator is ``process_group``: it has no arena.
-        RuntimeError: the group was destroyed, or the call is being traced (compiled code would lose the context
-            silently).
+        RuntimeError: the group was destroyed, or the call is being traced: compiled code would lose the context.
     """
+    if disabled or not group.symmetric_memory_enabled or group.world_size == 1:
+        return contextlib.nullcontext()
     if _is_tracing():
         raise RuntimeError(
             "sglang_symm: use_symmetric_memory works in eager code only: a compiled graph would silently lose it; "
             "enter it outside of the compiled function, or use sglang_symm.empty and the package's own ops"
         )
-    if disabled or not group.symmetric_memory_enabled or group.world_size == 1:
-        return contextlib.nullcontext()
     group._check_usable("use_symmetric_memory")
     group._check_symm("use_symmetric_memory")
     return _ArenaContext(group)
@@ -80,10 +80,10 @@ def empty(
     """
     _library.load()
     shape = list(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else list(size)
-    if device is None:
-        device = group.device if isinstance(group, Group) else "cpu"
     if isinstance(group, Group):
         group._check_usable("empty")
+    if device is None:
+        device = json.loads(torch.ops.sglang_symm._group_info(group_name(group)))["device"]
     return torch.ops.sglang_symm.empty(
         shape, group_name(group), dtype=dtype or torch.get_default_dtype(), device=torch.device(device)
     )

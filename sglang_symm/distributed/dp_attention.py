@@ -88,8 +88,8 @@ def dp_gather(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
     """The rows of all DP ranks, on every rank of the TP group, bit for bit (but -0.0 becomes 0.0 in SUM_LEN).
 
     Args:
-        x: [n, H], this DP rank's rows, equal on its attention-TP ranks; n = token_counts[dp_rank], or padded_len in
-            MAX_LEN.
+        x: [n, H], this DP rank's rows, equal on its attention-TP ranks.
+            n = token_counts[dp_rank], or padded_len in MAX_LEN.
 
     Returns [global_len, H]; padding rows that this function adds are zero. Collective over TP, also on ranks without
     tokens. Raises RuntimeError outside ``state.forward(batch)``, ValueError for another number of rows.
@@ -119,8 +119,7 @@ def dp_gather(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
 
 
 def dp_scatter(y: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """This DP rank's rows of the gathered ``y`` [global_len, H]: [n, H] with n = token_counts[dp_rank]. A view; no
-    communication.
+    """This DP rank's rows of the gathered ``y`` [global_len, H]: a view [token_counts[dp_rank], H]; no communication.
 
     Raises RuntimeError outside ``state.forward(batch)``, ValueError for another number of rows.
     """

@@ -63,8 +63,8 @@ class GroupSettings:
     Attributes:
         arena_bytes: size of the arena on each rank, 0 for the device's default.
         timeout: seconds that a call waits for its peers. first_timeout: seconds for the creation and the first call.
-        algo: the all-reduce algorithm, ``auto`` to choose by size. pinned: choose independently of the number of
-            tokens.
+        algo: the all-reduce algorithm, ``auto`` to choose by size.
+        pinned: choose independently of the number of tokens.
         strict: a full arena is torch.OutOfMemoryError instead of ordinary memory with a warning.
     """
 
@@ -86,8 +86,9 @@ class GroupSettings:
         pinned: bool | None = None,
         strict: bool | None = None,
     ) -> GroupSettings:
-        """An argument, else its environment variable (SGLANG_SYMM_ARENA_BYTES, ...), else the default. Raises
-        ValueError.
+        """An argument, else its environment variable (SGLANG_SYMM_ARENA_BYTES, ...), else the default.
+
+        Raises ValueError, naming the variable, for a value that makes no sense.
         """
         if arena_bytes is None:
             default_bytes = _DEFAULT_CPU_ARENA_BYTES if device.type == "cpu" else 0
@@ -124,9 +125,7 @@ class GroupSettings:
 
 
 def _decide(configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What member 0 makes of all members' configurations: a pure function. Raises ValueError naming ranks that
-    differ.
-    """
+    """What member 0 makes of all members' configurations. Raises ValueError naming ranks that differ."""
     for rank, config in enumerate(configs):
         if "error" in config:
             raise ValueError(f"{config['error']} (on rank {rank} of the group)")
@@ -162,8 +161,7 @@ class Group:
 
     Args:
         process_group: the members, and what serves other dtypes and reductions; default: the whole world. A
-            one-dimensional DeviceMesh
-            stands for its process group.
+            one-dimensional DeviceMesh stands for its process group. One that was made elsewhere keeps its own deadline.
         name: begins ``unique_name``; default ``world`` or ``group``.
         device: where its tensors live; default: ``cpu`` if the process group serves it, else the current CUDA device.
         communicator: ``symm`` or ``process_group`` (no arena; every op goes through the process group).
@@ -323,9 +321,9 @@ class Group:
     def all_reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """y = x_0 (op) x_1 (op) ... over the ranks; ``x`` any shape, y a new tensor like it.
 
-        fp32, bf16 and fp16 sums: accumulated in fp32 in rank order, rounded once, the same bits on all ranks. Other
-            dtypes and ``op`` in ``sum, product, min, max, avg`` through the process group. Raises ValueError before
-            anything is sent.
+        Sums of fp32, bf16 and fp16 are accumulated in fp32 in rank order and rounded once: the same bits on all ranks.
+        Other dtypes, and ``op`` product, min, max or avg, go through the process group. Wrong arguments are a
+        ValueError before anything is sent.
         """
         self._check_tensor(x, "all_reduce")
         return torch.ops.sglang_symm.all_reduce(x, self.unique_name, op)
@@ -347,16 +345,15 @@ class Group:
         out.view(-1).copy_(self.all_gather(x.reshape(-1)))
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """y = this rank's part along ``dim`` of the sum over ranks of x. ``sizes[r]`` is rank r's length; without it
-        all are equal.
+        """y = this rank's part along ``dim`` of the sum of x over the ranks.
+
+        ``sizes[r]`` is rank r's length along ``dim``; without it all are equal. The sum is that of ``all_reduce``.
         """
         self._check_tensor(x, "reduce_scatter")
         return torch.ops.sglang_symm.reduce_scatter(x, self.unique_name, dim, sizes)
 
     def reduce_scatter_tensor(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """out = this rank's part of the sum of x as flat memory: ``out`` contiguous, ``x`` with world_size times its
-        elements.
-        """
+        """out = this rank's part of the sum of x as flat memory: ``x`` has world_size times the elements of ``out``."""
         self._check_flat(whole=x, part=out, out=out, call="reduce_scatter_tensor")
         out.view(-1).copy_(self.reduce_scatter(x.reshape(-1)))
 
@@ -383,8 +380,9 @@ class Group:
         torch.ops.sglang_symm.barrier(self._token, self.unique_name)
 
     def rendezvous(self, tensor: torch.Tensor) -> Rendezvous:
-        """Give every rank the views of its peers' ``tensor``, which lies in the group's arena on every rank.
-        Collective.
+        """Peers' views of ``tensor``, which lies in the group's arena on every rank. Collective.
+
+        Raises ValueError on all ranks, naming those whose tensor is outside.
         """
         self._check_tensor(tensor, "rendezvous")
         self._check_symm("rendezvous")
@@ -403,16 +401,12 @@ class Group:
         torch.ops.sglang_symm._group_check(self.unique_name)
 
     def info(self) -> dict[str, Any]:
-        """Name, device, settings, health, numbers of calls by algorithm, outputs inside and outside of the arena,
-        memory.
-        """
+        """Name, device, settings, health, memory, calls by algorithm, outputs inside and outside of the arena."""
         self._check_usable("info")
         return json.loads(torch.ops.sglang_symm._group_info(self.unique_name))
 
     def memory_stats(self) -> dict[str, int]:
-        """Bytes of the arena: arena_bytes, heap_bytes, allocated_bytes, peak_bytes, free_bytes, largest_free_bytes;
-        live_blocks.
-        """
+        """Bytes of the arena: whole, heap, allocated, peak, free, largest free; and live blocks. Empty without one."""
         return self.info().get("memory") or {}
 
     @property
@@ -420,8 +414,9 @@ class Group:
         return self._destroyed
 
     def destroy(self) -> None:
-        """Leave the group; peers that still wait for this rank raise. Local; safe with live tensors; again does
-        nothing.
+        """Leave the group; peers that still wait for this rank raise.
+
+        Local; tensors of its arena stay valid; a second call does nothing.
         """
         if self._destroyed:
             return
@@ -455,7 +450,7 @@ class Group:
 
     def _check_tensor(self, x: torch.Tensor, call: str) -> None:
         self._check_usable(call)
-        if x.device.type != self.device.type or (x.device.index or 0) != (self.device.index or 0):
+        if x.device != self.device:
             raise ValueError(f"{self._where(call)}: expected a tensor on {self.device}, got one on {x.device}")
 
     def _check_rank(self, rank: int, call: str) -> None:
@@ -475,8 +470,9 @@ class Group:
 
 
 class Rendezvous:
-    """Peers' views of one tensor, for kernels of one's own. Keeps this rank's tensor alive; a peer's lives as long as
-    the peer keeps it.
+    """Peers' views of one tensor, for kernels of one's own.
+
+    Keeps this rank's tensor alive; a peer's tensor lives as long as the peer keeps it.
 
     Attributes: group, tensor, offsets (of each rank's tensor in its arena, bytes).
     """
@@ -489,8 +485,9 @@ class Rendezvous:
     def get_buffer(
         self, peer: int, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """The memory of rank ``peer``'s tensor as [*shape] of ``dtype`` (default: as this rank's tensor). Reads need
-        a barrier before them.
+        """The memory of rank ``peer``'s tensor as [*shape] of ``dtype``; default: as this rank's tensor.
+
+        A barrier comes between a rank's writing and another's reading.
         """
         self.group._check_usable("get_buffer")
         self.group._check_rank(peer, "get_buffer")
@@ -521,9 +518,9 @@ def _as_device(device: torch.device | str | None, process_group: dist.ProcessGro
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"sglang_symm: expected a cpu or cuda device, got {device}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+    if device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return torch.device("cpu")
 
 
 def group_name(group: Group | str) -> str:

@@ -3,8 +3,7 @@
 Only the members take part, every wait has a deadline, a time-out names who is missing, and a failed attempt leaves
 nothing behind that the next attempt could mistake for its own.
 
-    agree      member r:  join/<r> = (token, config)  ------>  member 0 waits for every join, compares the
-    configurations,
+    agree      member r:  join/<r> = (token, config)  ------>  member 0 waits for every join, compares them,
                member r:  waits for answer/<token>    <------  draws the generation, answers every token
     exchange   every member writes <generation>/<round>/<r> and reads all others; the last reader deletes the round
 
@@ -215,9 +214,7 @@ class Meeting:
 
 
 def host_identity() -> str:
-    """Equal for two processes exactly when they can share memory over Unix sockets: same boot, same network
-    namespace.
-    """
+    """Equal for processes that can meet on a Unix socket: same boot, same network namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()

@@ -158,6 +158,34 @@ def test_a_rank_that_does_not_come_is_named_by_all_others_and_a_new_group_works(
     assert works(make(name="waiting"))
 
 
+def test_a_rank_that_does_not_come_to_a_fallback_is_named_too(make, rank, size):
+    group = make(name="waiting", timeout=1, first_timeout=10)
+    assert works(group)
+    if rank == size - 1:
+        time.sleep(3)
+    error = raised(group.all_reduce, torch.ones(8, dtype=torch.int64))
+    assert isinstance(error, dist.DistBackendError), error
+    if rank != size - 1:
+        assert f"rank(s) {size - 1} did not arrive within 1 s" in str(error)
+
+
+def test_a_failure_of_the_process_group_names_group_and_call(make, rank, size):
+    group = make(ranks=list(range(size)), name="plain", communicator="process_group", timeout=1)
+    assert works(group)
+    if rank == size - 1:
+        time.sleep(3)
+    begin = time.monotonic()
+    error = raised(group.all_reduce, torch.ones(8))
+    assert isinstance(error, dist.DistBackendError), error
+    assert group.unique_name in str(error)
+    assert "all_reduce" in str(error)
+    assert time.monotonic() - begin < 5
+    assert group.info()["broken"] is not None
+    gather_objects(None)
+    group.destroy()
+    assert works(make(ranks=list(range(size)), name="plain", communicator="process_group"))
+
+
 def test_a_rank_that_left_is_named(make, rank, size):
     group = make(name="left", timeout=10, first_timeout=10)
     assert works(group)

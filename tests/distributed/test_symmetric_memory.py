@@ -134,6 +134,16 @@ def test_tracing_refuses_the_context_with_a_sentence(group):
         make_fx(function)(torch.ones(3))
 
 
+@several_ranks
+def test_a_null_context_can_be_traced(group):
+    def function(x):
+        with memory.use_symmetric_memory(group, disabled=True):
+            return x + 1
+
+    traced = torch.compile(function, backend="eager", fullgraph=True)
+    assert torch.equal(traced(torch.ones(3)), torch.full((3,), 2.0))
+
+
 def test_empty_gives_memory_of_the_arena(group):
     x = memory.empty(3, 5, group=group, dtype=torch.bfloat16)
     assert (x.shape, x.dtype, x.is_contiguous()) == ((3, 5), torch.bfloat16, True)
