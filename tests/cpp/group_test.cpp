@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <random>
 
 #include "ranks.h"
 
@@ -12,6 +13,7 @@ namespace {
 using testing::all_reduce;
 using testing::describe;
 using testing::expect_no_errors;
+using testing::repetitions;
 using testing::run_ranks;
 using testing::value;
 
@@ -115,6 +117,38 @@ TEST(Group, DisagreeingRanksRaiseTheSameSentence) {
       << errors[0];
   EXPECT_EQ(errors[0], errors[1]);
   EXPECT_EQ(errors[0], errors[2]);
+}
+
+TEST(Group, NoDisagreementIsMissedWhateverFieldOfACallDiffers) {
+  const int n = repetitions(300);
+  std::mt19937 random(11);
+  const auto pick = [&](int limit) { return static_cast<int>(random() % static_cast<unsigned>(limit)); };
+  for (int i = 0; i < n; i++) {
+    const int world = 2 + pick(3);
+    const int culprit = pick(world);
+    const Algorithm algorithm = kNative[pick(3)];
+    Descriptor agreed = describe(OpCode::all_reduce, algorithm, DType::float32, 1 + static_cast<uint64_t>(pick(100)));
+    Descriptor other = agreed;
+    const int field = pick(6);
+    if (field == 0) other.op = pick(2) == 0 ? OpCode::barrier : OpCode::row_parallel_linear;
+    if (field == 1) other.dtype = DType::bfloat16;
+    if (field == 2) other.count += 1 + static_cast<uint64_t>(pick(1 << 20));
+    if (field == 3) other.aux = 1 + static_cast<uint32_t>(pick(1000));
+    if (field == 4) other.flags = Descriptor::kHasBias;
+    if (field == 5) other.flags = static_cast<uint8_t>(ReduceOp::max);
+    const int calls_before = pick(3);
+    const auto errors = run_ranks(world, [&](Group& group) {
+      std::vector<float> x(agreed.count);
+      for (int call = 0; call < calls_before; call++) all_reduce(group, algorithm, x);
+      group.collectives().exchange(group.rank() == culprit ? other : agreed);
+    });
+    for (const std::string& error : errors) {
+      ASSERT_NE(error.find(cat("ranks disagree in call ", calls_before + 1)), std::string::npos)
+          << "repetition " << i << ", field " << field << ": '" << error << "'";
+      ASSERT_EQ(error, errors[0]) << "repetition " << i;
+    }
+    ASSERT_NE(errors[0].find(cat("rank ", culprit == 0 ? 1 : culprit, " called")), std::string::npos) << errors[0];
+  }
 }
 
 TEST(Group, AMissingRankIsNamedAtTheDeadlineAndFindsTheSentenceItself) {

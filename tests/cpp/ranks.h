@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
@@ -58,6 +59,12 @@ inline std::vector<std::string> run_ranks(int world_size, const Body& body, cons
   }
   for (std::thread& thread : threads) thread.join();
   return errors;
+}
+
+// How many repetitions a randomised test makes: `few` by default, SGLANG_SYMM_TEST_N when that is set (long runs).
+inline int repetitions(int few) {
+  const char* text = std::getenv("SGLANG_SYMM_TEST_N");
+  return text != nullptr && std::atoi(text) > 0 ? std::atoi(text) : few;
 }
 
 inline void expect_no_errors(const std::vector<std::string>& errors) {

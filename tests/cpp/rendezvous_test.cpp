@@ -1,11 +1,15 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 
+#include <csignal>
+#include <cstring>
 #include <random>
 #include <thread>
 
 #include "base/error.h"
 #include "memory/segment_cpu.h"
+#include "ranks.h"
 #include "rendezvous/peers.h"
 
 namespace sglang_symm {
@@ -35,34 +39,10 @@ Identity identity(int rank, int world, const std::string& settings = "s=1") {
   return {"g", rank, world, settings};
 }
 
-TEST(Rendezvous, ManyStrangersDoNotKeepTheMembersApart) {
-  Rendezvous zero(identity(0, 2));
-  Rendezvous one(identity(1, 2));
-  const std::vector<std::string> addresses{zero.address(), one.address()};
-  const std::string socket =
-      addresses[0].substr(addresses[0].find('|') + 1, addresses[0].find('|', 15) - addresses[0].find('|') - 1);
-  std::thread stranger([&] {
-    std::mt19937 random(3);
-    for (int i = 0; i < 200; i++) {
-      try {
-        const Fd fd = connect_abstract(socket);
-        std::vector<char> noise(random() % 900 + 1);
-        for (char& c : noise) c = static_cast<char>(random());
-        send_message(fd.get(), noise.data(), noise.size(), {});
-      } catch (const Error&) {
-        return;  // the members have met, and listening has ended
-      }
-    }
-  });
-  std::vector<Peer> of_zero, of_one;
-  std::thread other([&] { of_one = one.connect(addresses, {}, Deadline(20)); });
-  of_zero = zero.connect(addresses, {}, Deadline(20));
-  other.join();
-  stranger.join();
-  ASSERT_EQ(of_zero.size(), 1u);
-  EXPECT_EQ(of_zero[0].rank, 1);
-  EXPECT_EQ(of_one[0].rank, 0);
-  EXPECT_EQ(of_one[0].pid, getpid());
+std::string field_of(const std::string& address, int index) {
+  size_t begin = 0;
+  for (int i = 0; i < index; i++) begin = address.find('|', begin) + 1;
+  return address.substr(begin, address.find('|', begin) - begin);
 }
 
 // A message that is well formed in all but the token, as somebody would send who knows the protocol but not the store.
@@ -76,12 +56,102 @@ struct ForgedHello {
   char settings[512] = "s=1";
 };
 
+TEST(Rendezvous, NoMalformedTruncatedOrReplayedMessageIsAccepted) {
+  const int n = testing::repetitions(1000);
+  std::mt19937 random(3);
+  int sent = 0;
+  while (sent < n) {
+    Rendezvous zero(identity(0, 2));
+    Rendezvous one(identity(1, 2));
+    const std::vector<std::string> addresses{zero.address(), one.address()};
+    // As many as the listener's queue holds, all ahead of the member.
+    std::vector<Fd> strangers;
+    for (int i = 0; i < 20; i++, sent++) {
+      strangers.push_back(connect_abstract(field_of(addresses[0], 1)));
+      ForgedHello hello;
+      std::vector<int> fds;
+      size_t bytes = sizeof hello;
+      std::memcpy(hello.token, field_of(addresses[0], 2).data(), sizeof hello.token);  // the right one
+      auto* raw = reinterpret_cast<unsigned char*>(&hello);
+      switch (random() % 8) {
+        case 0:  // noise of the right length
+          for (size_t k = 0; k < sizeof hello; k++) raw[k] = static_cast<unsigned char>(random());
+          break;
+        case 1:  // cut off
+          bytes = random() % sizeof hello;
+          break;
+        case 2:  // a message of an earlier set-up: its token was another
+          std::memcpy(hello.token, field_of(Rendezvous(identity(0, 2)).address(), 2).data(), sizeof hello.token);
+          break;
+        case 3:
+          hello.rank = static_cast<int32_t>(random() % 3 == 0 ? 0 : random());  // not the one who is missing
+          if (hello.rank == 1) hello.rank = 7;
+          break;
+        case 4:  // a descriptor that nobody asked for
+          fds.push_back(1);
+          break;
+        case 5:
+          hello.version = 1 + static_cast<uint32_t>(random() % 1000 + 1);
+          break;
+        case 6:
+          hello.magic[random() % 8] ^= 1;
+          break;
+        default:  // one bit of the token
+          hello.token[random() % 32] ^= 1;
+      }
+      if (bytes == 0) bytes = 1;
+      send_message(strangers.back().get(), &hello, bytes, fds);
+    }
+    std::vector<Peer> of_zero, of_one;
+    std::thread other([&] { EXPECT_NO_THROW(of_one = one.connect(addresses, {}, Deadline(5))); });
+    EXPECT_NO_THROW(of_zero = zero.connect(addresses, {}, Deadline(5)));
+    other.join();
+    ASSERT_EQ(of_zero.size(), 1u) << "after " << sent << " messages";
+    ASSERT_EQ(of_one.size(), 1u);
+    // The connection is the member's: a word of its goes through.
+    const char word[4] = {'p', 'i', 'n', 'g'};
+    char got[4];
+    ASSERT_TRUE(send_message(of_one[0].socket.get(), word, 4, {}));
+    ASSERT_EQ(receive_message(of_zero[0].socket.get(), got, 4, 0, nullptr, Deadline(1)), Received::whole);
+  }
+}
+
+TEST(Rendezvous, AProcessOfAnotherUserIsNoMemberEvenIfItKnowsTheToken) {
+  if (geteuid() != 0) GTEST_SKIP() << "only root can become another user";
+  Rendezvous zero(identity(0, 2));
+  Rendezvous one(identity(1, 2));
+  const std::vector<std::string> addresses{zero.address(), one.address()};
+  int done[2];
+  ASSERT_EQ(pipe(done), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (setresuid(65534, 65534, 65534) != 0) _exit(1);
+    ForgedHello hello;
+    std::memcpy(hello.token, field_of(addresses[0], 2).data(), sizeof hello.token);
+    const Fd fd = connect_abstract(field_of(addresses[0], 1));
+    const bool sent = send_message(fd.get(), &hello, sizeof hello, {});
+    if (write(done[1], sent ? "y" : "n", 1) != 1) _exit(1);
+    pause();  // the connection stays open until the test ends it
+  }
+  char sent = 'n';
+  ASSERT_EQ(read(done[0], &sent, 1), 1);
+  ASSERT_EQ(sent, 'y');
+  std::vector<Peer> of_zero;
+  std::thread other([&] { EXPECT_NO_THROW(one.connect(addresses, {}, Deadline(5))); });
+  EXPECT_NO_THROW(of_zero = zero.connect(addresses, {}, Deadline(5)));
+  other.join();
+  EXPECT_EQ(of_zero.at(0).pid, getpid()) << "the stranger took the member's place";
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+  close(done[0]);
+  close(done[1]);
+}
+
 TEST(Rendezvous, AForgerWithoutTheTokenIsNoMember) {
   Rendezvous zero(identity(0, 2));
   Rendezvous one(identity(1, 2));
   const std::vector<std::string> addresses{zero.address(), one.address()};
-  const size_t begin = addresses[0].find('|') + 1;
-  const Fd forger = connect_abstract(addresses[0].substr(begin, addresses[0].find('|', begin) - begin));
+  const Fd forger = connect_abstract(field_of(addresses[0], 1));
   const ForgedHello hello;
   ASSERT_TRUE(send_message(forger.get(), &hello, sizeof hello, {}));  // first in the queue, before the member
   std::vector<Peer> of_one;
