@@ -33,7 +33,9 @@ def calls(group):
 
 def outline(result):
     tensors = result if isinstance(result, tuple | list) else [result]
-    return [(tuple(y.shape), y.dtype, y.device, y.stride()) for y in tensors]
+    # The stride of a dimension of one element says nothing.
+    strides = [[stride for size, stride in zip(y.shape, y.stride(), strict=True) if size > 1] for y in tensors]
+    return [(tuple(y.shape), y.dtype, y.device, stride) for y, stride in zip(tensors, strides, strict=True)]
 
 
 @pytest.mark.parametrize("op", calls(type("", (), {"unique_name": "", "world_size": 1, "rank_in_group": 0})))
