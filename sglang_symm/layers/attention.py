@@ -39,11 +39,9 @@ class KVCache:
 
 @dataclass
 class TokenBatch:
-    """The tokens of one forward: sequence i has `lengths[i]` new tokens after `starts[i]` cached ones, in cache slot
-    `slots[i]`.
+    """The tokens of one forward: sequence i has `lengths[i]` new ones after `starts[i]` in the cache's slot `slots[i]`.
 
-    The tokens of all sequences lie behind each other in one row dimension of n = sum(lengths). Zero sequences are
-    allowed.
+    All sequences lie behind each other in one dimension of n = sum(lengths) rows. Zero sequences are allowed.
     Raises ValueError when the lists differ in length or a sequence has no token."""
 
     slots: Sequence[int]

@@ -124,8 +124,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         return {"q": (self.tp_rank * self.heads * d, self.heads * d), "k": kv, "v": kv}
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, (heads + 2 kv_heads) head_dim] -> q [n, heads, head_dim], k and v [n, kv_heads, head_dim] of this
-        rank."""
+        """[n, (heads + 2 kv_heads) head_dim] -> q [n, heads, head_dim], k and v [n, kv_heads, head_dim]."""
         q, k, v = qkv.split(
             [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim], dim=-1
         )

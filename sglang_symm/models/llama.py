@@ -3,11 +3,10 @@
 
 Embedding, attention, o_proj and lm_head are sharded over attention-TP. The MLP is sharded over `mlp_group`:
 
-    "attn_tp"   each DP rank computes the MLP of its own tokens; weights are held once a DP rank
-    "tp"        the tokens of all DP ranks are gathered, the MLP is sharded over all ranks, the results are scattered
-    back
+    "attn_tp"   each DP rank computes the MLP of its own tokens and holds all of its weights
+    "tp"        the tokens of all DP ranks are gathered, the MLP is sharded over all ranks, the results scattered back
 
-                    DP rank 0            DP rank 1                        DP rank 0            DP rank 1
+    "attn_tp"       DP rank 0            DP rank 1        "tp"            DP rank 0            DP rank 1
     attention    rank 0   rank 1      rank 2   rank 3     attention    rank 0   rank 1      rank 2   rank 3
     MLP          rank 0   rank 1      rank 2   rank 3     dp_gather         \\______ all tokens ______/
                                                           MLP          rank 0   rank 1   rank 2   rank 3
