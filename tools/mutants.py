@@ -59,6 +59,26 @@ MUTANTS = [
         "pad(rank_)->from[peer].done.load(std::memory_order_acquire) <= call.epoch",
     ),
     Mutant(
+        "a call that others gave up ends well",
+        "signal/signal_cpu.cpp",
+        "// and reused its tensor while I still read it. It wrote the abort record before it raised.\n  require_healthy();",
+        "// and reused its tensor while I still read it. It wrote the abort record before it raised.\n",
+        "Signal.*",
+    ),
+    Mutant(
+        "a broken group hands out memory",
+        "group/group.cpp",
+        "void* block = arena_ && !broken ?",
+        "void* block = arena_ ?",
+    ),
+    Mutant(
+        "another user's process is a member",
+        "rendezvous/peers.cpp",
+        "peer_credentials(socket).uid == geteuid()",
+        "peer_credentials(socket).uid != 4711",
+        "Rendezvous.*",
+    ),
+    Mutant(
         "the header goes before its fields",
         "signal/signal_cpu.cpp",
         "header.offset_in = offset_in;",

@@ -30,16 +30,15 @@ CollectivesCpu::CollectivesCpu(Arena& arena, SignalCpu& signal, int rank, int wo
                                CpuPath path)
     : arena_(arena), signal_(signal), rank_(rank), world_size_(world_size), slot_bytes_(slot_bytes), path_(path) {}
 
+// Looked at before it is written: after a failure a slow peer may still read the slot of this parity.
 std::byte* CollectivesCpu::slot() const {
+  signal_.require_healthy();
   return arena_.base() + static_cast<size_t>(signal_.next_parity()) * slot_bytes_;
 }
 
 // A peer's range, checked against its arena: a damaged header must not become a wild access.
 std::byte* CollectivesCpu::at(const Call& call, int peer, uint64_t offset, size_t bytes) const {
-  if (offset > arena_.bytes() || bytes > arena_.bytes() - offset) {
-    fail(ErrorKind::communication, "rank ", peer, " sent offset ", offset, " for ", bytes, " bytes in call ",
-         call.epoch, ", ", to_string(call.descriptor), ", outside of its arena of ", arena_.bytes(), " bytes");
-  }
+  if (offset > arena_.bytes() || bytes > arena_.bytes() - offset) signal_.damaged(call, peer);
   return arena_.window(peer) + offset;
 }
 

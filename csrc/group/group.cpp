@@ -114,13 +114,42 @@ Collectives& Group::collectives() {
   return *collectives_;
 }
 
+std::string Group::failure() const {
+  const std::string sentence = signal_ ? signal_->failure() : "";
+  if (!sentence.empty()) return sentence;
+  const std::lock_guard lock(failed_mutex_);
+  return failed_;
+}
+
 void Group::check() const {
   if (signal_) signal_->check();
+  if (!process_group_failed_.load(std::memory_order_acquire)) return;
+  const std::lock_guard lock(failed_mutex_);
+  throw Error(ErrorKind::communication, failed_);
+}
+
+void Group::fail_process_group(const Descriptor& descriptor, const std::string& reason) {
+  {
+    const std::lock_guard lock(failed_mutex_);
+    if (failed_.empty()) {
+      failed_ =
+          cat("sglang_symm: group '", config_.name, "' (", world_size(), " ranks) is broken: ", to_string(descriptor),
+              " through its process group failed on rank ", rank(), ": ", reason.substr(0, reason.find('\n')),
+              ". Is a rank dead or late, or did the ranks make different ",
+              "calls? destroy() the group and create it again to go on");
+    }
+    process_group_failed_.store(true, std::memory_order_release);
+  }
+  check();
+  fail(ErrorKind::communication, "group '", config_.name, "' is broken");
 }
 
 void* Group::allocate_output(size_t bytes, bool required, Stream stream) {
-  void* block = arena_ ? arena_->allocate(bytes, stream) : nullptr;
-  if (block == nullptr && arena_ && (required || config_.strict))
+  // In a broken group a peer may still write into a block that was given back: none is handed out again.
+  const bool broken = signal_ && signal_->broken();
+  if (broken && required) check();
+  void* block = arena_ && !broken ? arena_->allocate(bytes, stream) : nullptr;
+  if (block == nullptr && arena_ && !broken && (required || config_.strict))
     throw Error(ErrorKind::out_of_memory, describe_full(bytes));
   (block != nullptr ? counters.outputs_inside : counters.outputs_outside).fetch_add(1, std::memory_order_relaxed);
   return block;

@@ -65,7 +65,10 @@ class Group {
   int world_size() const { return config_.world_size; }
   const std::shared_ptr<Arena>& arena() const { return arena_; }
   Collectives& collectives();  // raises before connect() and for process_group
-  std::string failure() const { return signal_ ? signal_->failure() : ""; }
+  // The sentence of the group's failure, empty while it is healthy.
+  std::string failure() const;
+  // The process group failed under a call of this group: breaks it for this rank and raises.
+  [[noreturn]] void fail_process_group(const Descriptor& descriptor, const std::string& reason);
   void check() const;
 
   // One call at a time; held for the whole of a call.
@@ -80,6 +83,9 @@ class Group {
   std::string info_json() const;
 
  private:
+  mutable std::mutex failed_mutex_;
+  std::string failed_;  // by the process group
+  std::atomic<bool> process_group_failed_{false};
   GroupConfig config_;
   std::unique_ptr<Backend> backend_;
   std::shared_ptr<Arena> arena_;

@@ -70,14 +70,15 @@ std::vector<int64_t> with_dim0(const at::Tensor& x, int64_t n) {
   return sizes;
 }
 
-at::Tensor all_gather_by_process_group(Group& group, const at::Tensor& x, const std::vector<int64_t>& sizes) {
+at::Tensor all_gather_by_process_group(Group& group, const Descriptor& descriptor, const at::Tensor& x,
+                                       const std::vector<int64_t>& sizes) {
   const int64_t longest = *std::max_element(sizes.begin(), sizes.end());
   at::Tensor padded = x;
   if (x.size(0) != longest) {
     padded = at::zeros(with_dim0(x, longest), x.options());
     padded.narrow(0, 0, x.size(0)).copy_(x);
   }
-  const at::Tensor all = fallback::all_gather_equal(group, padded);
+  const at::Tensor all = fallback::all_gather_equal(group, descriptor, padded);
   std::vector<at::Tensor> parts;
   for (size_t r = 0; r < sizes.size(); r++) parts.push_back(all.narrow(0, static_cast<int64_t>(r) * longest, sizes[r]));
   return at::cat(parts, 0);
@@ -143,7 +144,7 @@ at::Tensor reduce_scatter(const at::Tensor& x, const std::string& name, int64_t 
                                             scaled(sizes, row), current_stream(*group));
       } else {
         announce(*group, descriptor);
-        const at::Tensor sum = world == 1 ? rows : fallback::all_reduce(*group, rows, "sum");
+        const at::Tensor sum = world == 1 ? rows : fallback::all_reduce(*group, descriptor, rows, "sum");
         out.copy_(sum.narrow(0, std::accumulate(sizes.begin(), sizes.begin() + group->rank(), int64_t{0}), mine));
       }
       count_call(*group, algorithm);
@@ -183,7 +184,7 @@ at::Tensor all_gather(const at::Tensor& x, const std::string& name, int64_t dim,
                                         current_stream(*group));
       } else {
         announce(*group, descriptor);
-        out.copy_(world == 1 ? rows : all_gather_by_process_group(*group, rows, sizes));
+        out.copy_(world == 1 ? rows : all_gather_by_process_group(*group, descriptor, rows, sizes));
       }
       count_call(*group, algorithm);
     }
@@ -210,7 +211,7 @@ void broadcast_(at::Tensor& x, int64_t src, const std::string& name) {
                                      current_stream(*group));
     } else {
       announce(*group, descriptor);
-      if (group->world_size() > 1) fallback::broadcast_(*group, dense, src);
+      if (group->world_size() > 1) fallback::broadcast_(*group, descriptor, dense, src);
     }
     count_call(*group, algorithm);
     if (!dense.is_same(x) && src != group->rank()) x.copy_(dense);
@@ -226,7 +227,7 @@ void barrier(at::Tensor& token, const std::string& name) {
     const Algorithm algorithm = choose_for(*group, &descriptor, 0);
     announce(*group, descriptor);
     if (algorithm == Algorithm::process_group && group->world_size() > 1) {
-      fallback::all_reduce(*group, at::zeros({1}, token.options().dtype(at::kInt)), "sum");
+      fallback::all_reduce(*group, descriptor, at::zeros({1}, token.options().dtype(at::kInt)), "sum");
     }
     count_call(*group, algorithm);
   });

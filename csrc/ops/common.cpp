@@ -106,7 +106,7 @@ void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const
     group.collectives().all_reduce(descriptor, args, current_stream(group));
   } else {
     announce(group, descriptor);
-    const at::Tensor sum = group.world_size() == 1 ? x : fallback::all_reduce(group, x, name(reduction));
+    const at::Tensor sum = group.world_size() == 1 ? x : fallback::all_reduce(group, descriptor, x, name(reduction));
     if (!sum.is_same(out)) out.copy_(sum);
     if (bias.defined()) out.add_(bias);
   }
@@ -115,7 +115,7 @@ void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const
 }
 
 void warn_full_once(Group& group, size_t bytes) {
-  if (!group.arena() || group.counters.warned_full.exchange(true)) return;
+  if (!group.arena() || !group.failure().empty() || group.counters.warned_full.exchange(true)) return;
   TORCH_WARN(group.describe_full(bytes), ". The tensor gets ordinary memory: right, but slower. Said once; counted in ",
              "Group.info()['outputs_outside']");
 }
@@ -150,9 +150,10 @@ namespace {
 
 // Boxed calls: the schema's names and types are stable over torch versions, the C++ signatures are not.
 template <class... Args>
-at::Tensor call(Group& group, const char* op, Args&&... args) {
+at::Tensor call(Group& group, const Descriptor& descriptor, const char* op, Args&&... args) {
   if (group.config().process_group.empty()) {
-    fail(ErrorKind::argument, op, ": group '", group.config().name, "' has no process group to fall back to");
+    fail(ErrorKind::argument, to_string(descriptor), ": group '", group.config().name,
+         "' has no process group to fall back to");
   }
   try {
     auto& dispatcher = c10::Dispatcher::singleton();
@@ -164,24 +165,24 @@ at::Tensor call(Group& group, const char* op, Args&&... args) {
     dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "").callBoxed(&pending);
     return pending.at(0).toTensor();
   } catch (const c10::Error& error) {
-    fail(ErrorKind::communication, "group '", group.config().name, "', rank ", group.rank(), " of ", group.world_size(),
-         ": ", op, " through the process group failed: ", error.what_without_backtrace(),
-         ". Is a rank dead or late, or did the ranks call different ops? destroy() the group and create it again");
+    group.fail_process_group(descriptor, error.what_without_backtrace());
+  } catch (const std::exception& error) {  // Gloo's own
+    group.fail_process_group(descriptor, error.what());
   }
 }
 
 }  // namespace
 
-at::Tensor all_reduce(Group& group, const at::Tensor& x, const std::string& op) {
-  return call(group, "all_reduce", x, op);
+at::Tensor all_reduce(Group& group, const Descriptor& descriptor, const at::Tensor& x, const std::string& op) {
+  return call(group, descriptor, "all_reduce", x, op);
 }
 
-at::Tensor all_gather_equal(Group& group, const at::Tensor& x) {
-  return call(group, "all_gather_into_tensor", x, int64_t{group.world_size()});
+at::Tensor all_gather_equal(Group& group, const Descriptor& descriptor, const at::Tensor& x) {
+  return call(group, descriptor, "all_gather_into_tensor", x, int64_t{group.world_size()});
 }
 
-void broadcast_(Group& group, const at::Tensor& x, int64_t src) {
-  call(group, "broadcast_", x, src);
+void broadcast_(Group& group, const Descriptor& descriptor, const at::Tensor& x, int64_t src) {
+  call(group, descriptor, "broadcast_", x, src);
 }
 
 }  // namespace fallback

@@ -60,9 +60,9 @@ void warn_full_once(Group& group, size_t bytes);
 
 // The process group's collectives (Gloo, NCCL), found through torch's own functional ops by the c10d name.
 namespace fallback {
-at::Tensor all_reduce(Group& group, const at::Tensor& x, const std::string& op);
-at::Tensor all_gather_equal(Group& group, const at::Tensor& x);  // [n, ...] -> [P n, ...]
-void broadcast_(Group& group, const at::Tensor& x, int64_t src);
+at::Tensor all_reduce(Group& group, const Descriptor& descriptor, const at::Tensor& x, const std::string& op);
+at::Tensor all_gather_equal(Group& group, const Descriptor& descriptor, const at::Tensor& x);  // [n, ...] -> [P n, ...]
+void broadcast_(Group& group, const Descriptor& descriptor, const at::Tensor& x, int64_t src);
 }  // namespace fallback
 
 }  // namespace sglang_symm::ops

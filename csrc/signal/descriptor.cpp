@@ -35,10 +35,11 @@ std::string to_string(const Descriptor& d) {
     case OpCode::broadcast:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements, src ", d.aux, ")");
     case OpCode::all_gather:
-      return cat(op, "(", name(d.dtype), ", ", d.count, " elements in all, layout ", d.aux, ")");
+      return cat(op, "(", name(d.dtype), ", ", d.count, " elements in all, cut by layout ", d.aux,
+                 ": a digest of dim and sizes)");
     case OpCode::reduce_scatter:
-      return cat(op, "(", name(d.dtype), ", ", d.count, " elements in all, ", name(d.reduce_op()), ", layout ", d.aux,
-                 ")");
+      return cat(op, "(", name(d.dtype), ", ", d.count, " elements in all, ", name(d.reduce_op()), ", cut by layout ",
+                 d.aux, ": a digest of dim and sizes)");
     case OpCode::row_parallel_linear:
     case OpCode::row_parallel_linear_add_rms_norm:
       return cat(op, "(", name(d.dtype), ", y [", d.count, ", ", d.aux, "]",

@@ -36,7 +36,7 @@ struct alignas(128) PadEntry {  // all that one peer writes; 128: x86 fetches ca
   alignas(64) std::atomic<uint64_t> done;
 };
 
-enum class AbortKind : uint32_t { none = 0, missing = 1, died = 2, left = 3, disagree = 4 };
+enum class AbortKind : uint32_t { none = 0, missing = 1, died = 2, left = 3, disagree = 4, damaged = 5 };
 
 struct alignas(64) AbortRecord {
   static constexpr uint32_t kEmpty = 0, kBeingWritten = 1, kComplete = 2;

@@ -40,8 +40,9 @@ void SignalCpu::attach(int peer, Fd fd) {
 }
 
 Call SignalCpu::start(const Descriptor& descriptor, uint64_t offset_in, uint64_t offset_out) {
-  if (record().state.load(std::memory_order_acquire) != AbortRecord::kEmpty) check();
+  require_healthy();
   const Call call{++epoch_, descriptor};
+  end_ns_ = 0;
   for (int step = 1; step < world_size_; step++) {  // the next rank first: not everybody writes to rank 0 at once
     Header& header = pad((rank_ + step) % world_size_)->from[rank_].header[call.parity()];
     header.offset_in = offset_in;
@@ -56,13 +57,11 @@ template <class Present>
 void SignalCpu::await(const Call& call, const Present& present) {
   for (int step = 1; step < world_size_; step++) {
     const int peer = (rank_ + step) % world_size_;
-    int64_t end_ns = 0;
     const double seconds = call.epoch == 1 ? deadlines_.first_seconds : deadlines_.seconds;
     const auto give_up = [&] {
-      if (record().state.load(std::memory_order_acquire) != AbortRecord::kEmpty) return true;
-      if ((left() >> peer & 1) != 0) return true;
-      if (end_ns == 0) end_ns = now_ns() + static_cast<int64_t>(seconds * 1e9);
-      return now_ns() >= end_ns;
+      if (broken() || (left() >> peer & 1) != 0) return true;
+      if (end_ns_ == 0) end_ns_ = now_ns() + static_cast<int64_t>(seconds * 1e9);
+      return now_ns() >= end_ns_;
     };
     if (wait_until(
             policy_, [&] { return present(peer); }, give_up))
@@ -73,6 +72,10 @@ void SignalCpu::await(const Call& call, const Present& present) {
     for (int r = 0; r < world_size_; r++) {
       const bool counts = what.kind == AbortKind::missing || (left() >> r & 1) != 0;
       if (r != rank_ && counts && !present(r)) what.culprits |= 1u << r;
+    }
+    if (what.culprits == 0 && !broken()) {  // they came between the last look and this one
+      step--;
+      continue;
     }
     what.epoch = call.epoch;
     what.seconds = seconds;
@@ -104,6 +107,20 @@ void SignalCpu::finish(const Call& call) {
     pad((rank_ + step) % world_size_)->from[rank_].done.store(call.epoch, std::memory_order_release);
   }
   await(call, [&](int peer) { return pad(rank_)->from[peer].done.load(std::memory_order_acquire) >= call.epoch; });
+  // All done flags are there, but a rank that gave up in this call (a third one had died, or was late) may have raised
+  // and reused its tensor while I still read it. It wrote the abort record before it raised.
+  require_healthy();
+}
+
+void SignalCpu::damaged(const Call& call, int peer) const {
+  AbortRecord what{};
+  what.kind = AbortKind::damaged;
+  what.culprits = 1u << peer;
+  what.epoch = call.epoch;
+  what.expected = call.descriptor;
+  report(what, rank_);
+  check();
+  fail(ErrorKind::communication, "group '", group_, "': a damaged header of rank ", peer);
 }
 
 std::vector<uint64_t> SignalCpu::exchange(const Descriptor& descriptor, uint64_t offset) {
@@ -184,6 +201,9 @@ std::string SignalCpu::describe(const AbortRecord& found) const {
     case AbortKind::left:
       return cat(head, "rank(s) ", who, " left: destroyed the group or exited before call ", found.epoch, ", ",
                  to_string(found.expected), ", in which rank ", found.reporter, " waits for them", tail);
+    case AbortKind::damaged:
+      return cat(head, "rank ", who, " sent an offset outside of its arena in call ", found.epoch, ", ",
+                 to_string(found.expected), ": its memory or the group's was overwritten", tail);
     default:
       return cat(
           head, "rank(s) ", who, " did not arrive within ", found.seconds, " s in call ", found.epoch, ", ",

@@ -2,7 +2,8 @@
 //
 //   start     write my header into every peer's pad        (raises first if the group is broken)
 //   arrive    wait for every peer's header, compare descriptors with the lowest rank's
-//   finish    tell every peer that I touch its memory no more, wait until all have said so (two-shot, direct)
+//   finish    tell every peer that I touch its memory no more, wait until all have said so (two-shot, direct);
+//             raises if the group broke meanwhile: a rank that gave up may have reused what was read from it
 //
 // Any wait that fails writes the abort record: the first to do so wins, and every rank raises the same sentence from
 // it.
@@ -57,6 +58,13 @@ class SignalCpu {
   // The sentence of the group's failure, empty while it is healthy.
   std::string failure() const;
   void check() const;  // raises failure()
+  // One load: somebody has written the abort record.
+  bool broken() const { return record().state.load(std::memory_order_acquire) != AbortRecord::kEmpty; }
+  void require_healthy() const {
+    if (broken()) check();
+  }
+  // A header of this call cannot be true: breaks the group and raises.
+  [[noreturn]] void damaged(const Call& call, int peer) const;
   uint64_t epoch() const { return epoch_; }
   int next_parity() const { return static_cast<int>((epoch_ + 1) & 1); }
 
@@ -78,6 +86,7 @@ class SignalCpu {
   std::array<std::unique_ptr<SegmentCpu>, kMaxWorldSize> peers_;
   std::array<Pad*, kMaxWorldSize> pads_{};
   uint64_t epoch_ = 0;
+  int64_t end_ns_ = 0;  // of the current call's waits together; 0 before the first that no longer spins
 };
 
 }  // namespace sglang_symm

@@ -213,6 +213,22 @@ TEST(Group, AnOffsetOutsideOfTheArenaIsRefused) {
   EXPECT_NE(errors[0].find("outside of its arena"), std::string::npos) << errors[0];
 }
 
+TEST(Group, ABrokenGroupHandsOutNoMemory) {
+  expect_no_errors(run_ranks(2, [&](Group& group) {
+    void* before = group.allocate_output(64, /*required=*/true);
+    group.arena()->free(before);
+    try {
+      std::vector<float> x(group.rank() == 0 ? 4 : 5);
+      all_reduce(group, Algorithm::one_shot, x);
+      throw std::runtime_error("no disagreement");
+    } catch (const Error&) {
+    }
+    // A slow peer may still write into the block that was given back.
+    if (group.allocate_output(64, /*required=*/false) != nullptr) throw std::runtime_error("a block was handed out");
+    EXPECT_THROW(group.allocate_output(64, /*required=*/true), Error);
+  }));
+}
+
 TEST(GroupConfig, NamesAnUnknownSettingAndABadValue) {
   GroupConfig config;
   EXPECT_THROW(config.apply({"speed=11"}), Error);

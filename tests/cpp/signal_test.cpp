@@ -1,0 +1,102 @@
+#include "signal/signal_cpu.h"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+#include <vector>
+
+#include "base/error.h"
+
+namespace sglang_symm {
+namespace {
+
+// The pads of three ranks in one thread: calls are interleaved by hand.
+struct Three {
+  explicit Three(double seconds) {
+    for (int r = 0; r < 3; r++) ranks.push_back(std::make_unique<SignalCpu>("g", r, 3, Deadlines{seconds, seconds}));
+    for (int r = 0; r < 3; r++) {
+      for (int peer = 0; peer < 3; peer++) {
+        if (peer != r) ranks[static_cast<size_t>(r)]->attach(peer, Fd(dup(ranks[static_cast<size_t>(peer)]->fd())));
+      }
+    }
+  }
+  SignalCpu& operator[](size_t r) { return *ranks[r]; }
+  std::vector<std::unique_ptr<SignalCpu>> ranks;
+};
+
+Descriptor reduce(uint64_t count) {
+  Descriptor d;
+  d.op = OpCode::all_reduce;
+  d.count = count;
+  return d;
+}
+
+TEST(Signal, HeadersCarryOffsetsAndEndACallOnlyTogether) {
+  Three ranks(5);
+  std::vector<Call> calls;
+  for (size_t r = 0; r < 3; r++) calls.push_back(ranks[r].start(reduce(7), 100 + r, 200 + r));
+  for (size_t r = 0; r < 3; r++) ranks[r].arrive(calls[r]);
+  EXPECT_EQ(ranks[0].header(calls[0], 2).offset_in, 102u);
+  EXPECT_EQ(ranks[2].header(calls[2], 1).offset_out, 201u);
+}
+
+TEST(Signal, ARankThatFinishesAfterOthersGaveUpRaisesAlthoughAllDoneFlagsAreThere) {
+  // Rank 1 dies in the call; rank 0 gives up waiting for rank 2 and its caller reuses the tensor that rank 2 still
+  // reads.
+  Three ranks(5);
+  std::vector<Call> calls;
+  for (size_t r = 0; r < 3; r++) calls.push_back(ranks[r].start(reduce(7), 0, 0));
+  for (size_t r = 0; r < 3; r++) ranks[r].arrive(calls[r]);
+  ranks[0].on_peer(1, 4711, PeerEvent::died);
+  EXPECT_THROW(ranks[0].finish(calls[0]), Error);
+  EXPECT_THROW(ranks[1].finish(calls[1]), Error);
+  EXPECT_THROW(ranks[2].finish(calls[2]), Error) << "it read what rank 0 may have overwritten";
+}
+
+TEST(Signal, TwoLateRanksCostOneDeadlineNotTwo) {
+  Three ranks(0.5);
+  const Call call = ranks[0].start(reduce(1), 0, 0);
+  const int64_t start = now_ns();
+  try {
+    ranks[0].arrive(call);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("rank(s) 1, 2 did not arrive"), std::string::npos) << error.what();
+  }
+  EXPECT_LT(now_ns() - start, 950'000'000);
+}
+
+TEST(Signal, AHeaderThatCannotBeTrueBreaksTheGroupForAll) {
+  Three ranks(5);
+  std::vector<Call> calls;
+  for (size_t r = 0; r < 3; r++) calls.push_back(ranks[r].start(reduce(7), 0, 0));
+  EXPECT_THROW(ranks[1].damaged(calls[1], 2), Error);
+  EXPECT_NE(ranks[0].failure().find("rank 2 sent an offset outside of its arena"), std::string::npos);
+  EXPECT_EQ(ranks[0].failure(), ranks[2].failure());
+}
+
+TEST(Signal, EveryRankSaysWhatTheFirstReportSays) {
+  Three ranks(5);
+  ranks[2].on_peer(1, 11, PeerEvent::died);
+  ranks[1].on_peer(0, 12, PeerEvent::died);
+  for (size_t r = 0; r < 3; r++) {
+    EXPECT_NE(ranks[r].failure().find("rank 1 died (process 11"), std::string::npos) << ranks[r].failure();
+  }
+}
+
+TEST(Signal, ADepartedRankIsNamedOnlyByAWaiter) {
+  Three ranks(5);
+  ranks[0].on_peer(2, 13, PeerEvent::left);
+  EXPECT_FALSE(ranks[0].broken());
+  const Call call = ranks[0].start(reduce(1), 0, 0);
+  ranks[1].start(reduce(1), 0, 0);
+  try {
+    ranks[0].arrive(call);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("rank(s) 2 left"), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace sglang_symm
