@@ -1,7 +1,8 @@
 """Fake kernels: shapes and dtypes of the public ops, for tracing and torch.compile. ``empty`` has none: it is eager
 only.
 
-Imported after the library was loaded; importing registers them.
+Every result is a new contiguous tensor. Wrong shapes are ValueErrors here too: they are found when a function is
+compiled. Imported after the library was loaded; importing registers them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _like(x: Tensor, shape: Sequence[int | torch.SymInt]) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    if x.shape[-1] != weight.shape[1]:
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"sglang_symm: row_parallel_linear: x {list(x.shape)} does not fit weight {list(weight.shape)}"
         )
