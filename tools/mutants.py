@@ -61,8 +61,8 @@ MUTANTS = [
     Mutant(
         "a call that others gave up ends well",
         "signal/signal_cpu.cpp",
-        "// and reused its tensor while I still read it. It wrote the abort record before it raised.\n  require_healthy();",
-        "// and reused its tensor while I still read it. It wrote the abort record before it raised.\n",
+        "It wrote the abort record before it raised.\n  require_healthy();",
+        "It wrote the abort record before it raised.\n",
         "Signal.*",
     ),
     Mutant(
