@@ -105,14 +105,14 @@ MUTANTS = [
     Mutant(
         "the deadline is never looked at",
         "signal/signal_cpu.cpp",
-        "return now_ns() >= end_ns;",
+        "return now_ns() >= end_ns_;",
         "return false;",
     ),
     Mutant(
         "offsets from peers are believed",
         "collective/collectives_cpu.cpp",
-        "if (offset > arena_.bytes() || bytes > arena_.bytes() - offset) {",
-        "if (offset > arena_.bytes() && bytes == 0) {",
+        "if (offset > arena_.bytes() || bytes > arena_.bytes() - offset) signal_.damaged(call, peer);",
+        "if (offset > arena_.bytes() && bytes == 0) signal_.damaged(call, peer);",
     ),
     Mutant(
         "the result is written to this rank alone",

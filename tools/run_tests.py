@@ -1,6 +1,6 @@
 """Runs the tests: C++ unit tests, tests of one process, tests over several ranks, fault tests.
 
-    python tools/run_tests.py [part ...]      parts: cpp single ranks2 ranks3 ranks4 ranks6 ranks8 faults (default: all)
+    python tools/run_tests.py [part ...]      parts: cpp single ranks1 ranks2 ranks3 ranks4 ranks6 ranks8 faults (default: all)
 
 The last line is the sum over all parts: `N passed, N failed, N skipped`. A test over ranks counts once in each run, as
 failed when it failed on any rank. With CI=true a missing GoogleTest is an error.
@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "tests"
-# Every test over ranks runs with these; those marked world_size(6) or (8) with these too.
-RANKS, MARKED_RANKS = (2, 3, 4), (6, 8)
+# Every test over ranks runs with these; those marked world_size(1), (6) or (8) with these too.
+RANKS, MARKED_RANKS = (2, 3, 4), (1, 6, 8)
 NO_GTEST = """\
 The C++ unit tests were left out: GoogleTest was not found.
 To run them: apt-get install -y libgtest-dev (Debian, Ubuntu), then make test again."""
