@@ -1,6 +1,6 @@
 """Runs the tests: C++ unit tests, tests of one process, tests over several ranks, fault tests.
 
-    python tools/run_tests.py [part ...]      parts: cpp single ranks1 ranks2 ranks3 ranks4 ranks6 ranks8 faults (default: all)
+    python tools/run_tests.py [part ...]      parts: cpp single ranks1 ... ranks8 faults (default: all)
 
 The last line is the sum over all parts: `N passed, N failed, N skipped`. A test over ranks counts once in each run, as
 failed when it failed on any rank. With CI=true a missing GoogleTest is an error.
