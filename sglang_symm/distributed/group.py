@@ -32,7 +32,7 @@ PROCESS_GROUP = "process_group"
 ALGORITHMS = ("auto", "one_shot", "two_shot", "two_shot_direct", "process_group")
 MAX_SYMM_WORLD = 16
 _DEFAULT_CPU_ARENA_BYTES = 64 << 20
-_GRACE = 10.0  # seconds
+_GRACE = 5.0  # seconds
 
 
 def _env_bool(name: str, default: bool) -> bool:
