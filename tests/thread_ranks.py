@@ -80,6 +80,12 @@ class FakeOps:
     def __init__(self) -> None:
         self.local = threading.local()
 
+    def all_reduce(self, x: Tensor, group: str) -> Tensor:
+        return self.local.groups[group].all_reduce(x)
+
+    def all_gather(self, x: Tensor, group: str, dim: int = 0) -> Tensor:
+        return self.local.groups[group].all_gather(x, dim)
+
     def row_parallel_linear(
         self,
         x: Tensor,

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_symm._autograd import without_gradient
+
 if TYPE_CHECKING:
     from sglang_symm.distributed.parallel_state import ParallelState
 
@@ -96,6 +98,7 @@ def dp_gather(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
     """
     if state.attn_dp_size == 1:
         return x
+    x = without_gradient(x, "dp_gather (data-parallel attention with one MLP over all ranks)")
     batch, attn_tp = state.current_batch(), state.attn_tp_size
     count, dp_rank = batch.token_counts[state.attn_dp_rank], state.attn_dp_rank
     max_len = batch.mode is DpPaddingMode.MAX_LEN

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang_symm._autograd import copy_to_ranks, gather_from_ranks, sum_over_ranks
 from sglang_symm.layers.sharding import Shard, divide, resolve_group, resolve_state, sharded_parameter
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class VocabParallelEmbedding(_VocabParallel):
         local = token_ids - self.first_token
         elsewhere = (local < 0) | (local >= self.vocab_per_rank)
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.group.all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return sum_over_ranks(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
 
 
 class ParallelLMHead(_VocabParallel):
@@ -57,5 +58,5 @@ class ParallelLMHead(_VocabParallel):
     Logits stay inside their DP rank. Raises ValueError when P does not divide V."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.weight)
-        return logits if self.tp_size == 1 else self.group.all_gather(logits, dim=1)
+        logits = F.linear(copy_to_ranks(hidden, self.group), self.weight)
+        return logits if self.tp_size == 1 else gather_from_ranks(logits, self.group, dim=1)

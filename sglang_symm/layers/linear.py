@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sglang_symm._autograd import copy_to_ranks, gather_from_ranks
 from sglang_symm.layers.sharding import Shard, divide, replicated, resolve_group, resolve_state, sharded_parameter
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N/P], or [..., N] with gather_output."""
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(copy_to_ranks(x, self.group), self.weight, self.bias)
         if self.gather_output and self.tp_size > 1:
-            y = self.group.all_gather(y, dim=y.dim() - 1)
+            y = gather_from_ranks(y, self.group, dim=y.dim() - 1)
         return y
 
 
@@ -185,7 +186,9 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor, skip_all_reduce: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [..., K/P] (or [..., K] without input_is_parallel) -> (y [..., N], the bias if skip_bias_add else None)."""
         if not self.input_is_parallel:
-            x = x.narrow(-1, self.tp_rank * self.input_size_per_rank, self.input_size_per_rank)
+            x = copy_to_ranks(x, self.group).narrow(
+                -1, self.tp_rank * self.input_size_per_rank, self.input_size_per_rank
+            )
         bias = None if self.skip_bias_add else self.bias
         if self.tp_size == 1 or skip_all_reduce or not self.reduce_results:
             y = F.linear(x, self.weight, bias if self.tp_rank == 0 else None)
