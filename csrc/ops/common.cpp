@@ -2,6 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
+#include <c10/util/safe_numerics.h>
 
 namespace sglang_symm::ops {
 
@@ -120,6 +121,20 @@ void warn_full_once(Group& group, size_t bytes) {
              "Group.info()['outputs_outside']");
 }
 
+size_t checked_bytes(at::IntArrayRef sizes, size_t element_size, const char* op) {
+  uint64_t bytes = element_size;
+  bool overflows = false;
+  for (const int64_t n : sizes) {
+    if (n < 0) fail(ErrorKind::argument, op, ": size ", sizes, ", expected no negative number");
+    overflows |= c10::mul_overflows(bytes, static_cast<uint64_t>(n), &bytes);
+  }
+  if (overflows || bytes > static_cast<uint64_t>(INT64_MAX)) {
+    fail(ErrorKind::argument, op, ": size ", sizes, " of ", element_size,
+         " bytes an element is more than memory can be");
+  }
+  return static_cast<size_t>(bytes);
+}
+
 at::Tensor wrap_block(void* block, size_t bytes, at::IntArrayRef sizes, const at::TensorOptions& options) {
   c10::DataPtr data(
       block, block, [](void* pointer) { ArenaRegistry::instance().free(pointer); }, options.device());
@@ -132,7 +147,7 @@ at::Tensor wrap_block(void* block, size_t bytes, at::IntArrayRef sizes, const at
 }
 
 at::Tensor empty_output(Group& group, at::IntArrayRef sizes, const at::TensorOptions& options, bool symmetric) {
-  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  const size_t bytes = checked_bytes(sizes, options.dtype().itemsize(), "output");
   if (symmetric && group.arena() && bytes != 0) {
     if (void* block = group.allocate_output(bytes, /*required=*/false, current_stream(group))) {
       return wrap_block(block, bytes, sizes, options);

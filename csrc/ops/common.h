@@ -53,6 +53,8 @@ void count_call(Group& group, Algorithm algorithm);
 
 // A contiguous tensor in the group's arena; ordinary memory, counted and warned of once, when it is full.
 at::Tensor empty_output(Group& group, at::IntArrayRef sizes, const at::TensorOptions& options, bool symmetric = true);
+// Bytes of a tensor of these sizes; sizes that are negative or overflow are ErrorKind::argument.
+size_t checked_bytes(at::IntArrayRef sizes, size_t element_size, const char* op);
 // A tensor over a block of an arena; the block is freed with it.
 at::Tensor wrap_block(void* block, size_t bytes, at::IntArrayRef sizes, const at::TensorOptions& options);
 // A full arena under use_symmetric_memory or in an output: one warning a group.

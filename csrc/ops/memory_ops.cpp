@@ -95,11 +95,8 @@ at::Tensor empty(at::SymIntArrayRef size, const std::string& name, at::ScalarTyp
       fail(ErrorKind::argument, "empty: group '", name,
            "' has communicator 'process_group', hence no symmetric memory");
     }
-    for (const int64_t n : sizes) {
-      if (n < 0) fail(ErrorKind::argument, "empty: size ", sizes, ", expected no negative number");
-    }
     const auto options = at::TensorOptions().dtype(dtype).device(device);
-    const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+    const size_t bytes = checked_bytes(sizes, options.dtype().itemsize(), "empty");
     return wrap_block(group->allocate_output(bytes, /*required=*/true, current_stream(*group)), bytes, sizes, options);
   });
 }
@@ -144,9 +141,9 @@ at::Tensor peer_view(const std::string& name, int64_t peer, int64_t offset, at::
       fail(ErrorKind::argument, "rank ", peer, " in group '", name, "' of ", group->world_size(), " ranks");
     }
     const auto options = at::TensorOptions().dtype(dtype).device(at::Device(group->config().device));
-    const int64_t bytes = c10::multiply_integers(size) * static_cast<int64_t>(options.dtype().itemsize());
+    const auto bytes = static_cast<int64_t>(checked_bytes(size, options.dtype().itemsize(), "peer view"));
     const int64_t arena_bytes = static_cast<int64_t>(group->arena()->bytes());
-    if (offset < 0 || bytes < 0 || offset > arena_bytes || bytes > arena_bytes - offset) {
+    if (offset < 0 || offset > arena_bytes || bytes > arena_bytes - offset) {
       fail(ErrorKind::argument, "a view of ", bytes, " bytes at offset ", offset, " of rank ", peer, "'s arena of ",
            arena_bytes, " bytes");
     }
