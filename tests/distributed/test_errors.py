@@ -169,7 +169,6 @@ def test_a_rank_that_does_not_come_to_a_fallback_is_named_too(make, rank, size):
         assert f"rank(s) {size - 1} did not arrive within 1 s" in str(error)
 
 
-@pytest.mark.xfail(reason="the process group's own RuntimeError reaches the user", strict=True)
 def test_a_failure_of_the_process_group_names_group_and_call(make, rank, size):
     group = make(ranks=list(range(size)), name="plain", communicator="process_group", timeout=1)
     assert works(group)
