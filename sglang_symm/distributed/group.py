@@ -316,6 +316,18 @@ class Group:
         group._owned_process_groups.append(pg)
         return group
 
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh, dim: str | int | None = None, **kwargs: Any) -> Group:
+        """A group along ``dim`` (name or index) of a DeviceMesh: the ranks whose coordinates differ only there.
+
+        Collective among them; ``dim`` may be left out of a one-dimensional mesh. Works through the mesh's process
+        group, and is named after the dimension unless ``name`` is given. Other arguments and errors as in Group.
+        """
+        process_group = mesh_process_group(mesh, dim)
+        if mesh.mesh_dim_names:
+            kwargs.setdefault("name", dim if isinstance(dim, str) else mesh.mesh_dim_names[dim or 0])
+        return cls(process_group, **kwargs)
+
     # Collectives
 
     def all_reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -506,10 +518,22 @@ def _as_process_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> d
     if process_group is None:
         return cast(dist.ProcessGroup, dist.group.WORLD)
     if hasattr(process_group, "get_group"):
-        return cast(dist.ProcessGroup, process_group.get_group())
+        return mesh_process_group(cast("DeviceMesh", process_group))
     if not isinstance(process_group, dist.ProcessGroup):
         raise ValueError(f"sglang_symm: expected a ProcessGroup that this process belongs to, got {process_group!r}")
     return process_group
+
+
+def mesh_process_group(mesh: DeviceMesh, dim: str | int | None = None) -> dist.ProcessGroup:
+    """The process group along ``dim`` (name or index) of a mesh; left out: of a one-dimensional one.
+
+    Raises ValueError that names the mesh's dimensions.
+    """
+    try:
+        return mesh.get_group(dim)
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        dims = list(mesh.mesh_dim_names or range(mesh.ndim))
+        raise ValueError(f"sglang_symm: expected one of the mesh's dimensions {dims}, got {dim!r}") from error
 
 
 def _as_device(device: torch.device | str | None, process_group: dist.ProcessGroup) -> torch.device:

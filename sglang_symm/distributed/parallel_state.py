@@ -16,16 +16,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
 from sglang_symm.distributed.dp_attention import DpPaddingMode, ForwardBatch
-from sglang_symm.distributed.group import PROCESS_GROUP, SYMM, Group, GroupSettings
+from sglang_symm.distributed.group import PROCESS_GROUP, SYMM, Group, GroupSettings, mesh_process_group
 from sglang_symm.distributed.rendezvous import process_group_timeout
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,51 @@ class ParallelState:
                 "tp rank = attn_dp rank * attn_tp size + attn_tp rank; "
                 f"got sizes {sizes} and ranks {ranks} of tp, attn_tp, attn_dp"
             )
+
+    @classmethod
+    def from_process_group(
+        cls,
+        process_group: dist.ProcessGroup,
+        attention_data_parallel_size: int = 1,
+        enable_symm_mem: bool = False,
+        **settings: Any,
+    ) -> ParallelState:
+        """The state over a tensor-parallel process group that exists already. Collective among its members only.
+
+        ``tp`` works through that process group, and ``world`` is the same object: what else the process belongs to is
+        not known here. Attention groups divide it as in initialize_model_parallel. Not set as the process default:
+        pass it to the layers as ``parallel_state``.
+
+        Args:
+            process_group: its ranks, in order, are the TP ranks.
+            settings: device, arena_bytes, timeout, first_timeout, algo, pinned, strict of every group; see Group.
+
+        Raises ValueError for a size that does not divide, else as Group.
+        """
+        members = dist.get_process_group_ranks(process_group)
+        size = len(members)
+        layout = Layout.of(process_group.rank(), size, size, attention_data_parallel_size)
+
+        def make(ranks: tuple[int, ...], **kwargs: Any) -> Group:
+            if len(ranks) == size:
+                return Group(process_group, **kwargs, **settings)
+            return Group.of_ranks([members[rank] for rank in ranks], **kwargs, **settings)
+
+        # One object for equal members, so `world` is `tp`, and symmetric.
+        return _make_state(layout, make, enable_symm_mem)
+
+    @classmethod
+    def from_mesh(
+        cls,
+        mesh: DeviceMesh,
+        dim: str | int | None = None,
+        attention_data_parallel_size: int = 1,
+        enable_symm_mem: bool = False,
+        **settings: Any,
+    ) -> ParallelState:
+        """``from_process_group`` of the group along ``dim`` of a DeviceMesh (left out: of a one-dimensional one)."""
+        process_group = mesh_process_group(mesh, dim)
+        return cls.from_process_group(process_group, attention_data_parallel_size, enable_symm_mem, **settings)
 
     @property
     def enable_dp_attention(self) -> bool:
@@ -260,6 +308,18 @@ def initialize_model_parallel(
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
     layout = Layout.of(dist.get_rank(), dist.get_world_size(), tensor_model_parallel_size, attention_data_parallel_size)
+
+    def make(ranks: tuple[int, ...], **kwargs: Any) -> Group:
+        return _make_group(ranks, backend, device=device, **kwargs, **dataclasses.asdict(settings))
+
+    _default = _make_state(layout, make, enable_symm_mem)
+    return _default
+
+
+def _make_state(layout: Layout, make: Callable[..., Group], enable_symm_mem: bool) -> ParallelState:
+    """The state of a layout, whose groups ``make(ranks, name=..., communicator=..., ...)`` makes: one for each set of
+    ranks, symmetric if one of its roles is. When one fails, those made before it are destroyed.
+    """
     wanted = communicators(enable_symm_mem)
     roles = {role: tuple(getattr(layout, role)) for role in ("world", "tp", "attn_tp", "attn_dp")}
     made: dict[tuple[int, ...], Group] = {}
@@ -268,21 +328,17 @@ def initialize_model_parallel(
             if ranks in made:
                 continue
             symmetric = any(wanted[other] == SYMM for other, members in roles.items() if members == ranks)
-            made[ranks] = _make_group(
+            made[ranks] = make(
                 ranks,
-                backend,
                 name=role,
-                device=device,
                 communicator=SYMM if symmetric else PROCESS_GROUP,
                 symmetric_memory_enabled=enable_symm_mem,
-                **dataclasses.asdict(settings),
             )
     except BaseException:
         for group in reversed(made.values()):
             group.destroy()
         raise
-    _default = ParallelState(**{role: made[ranks] for role, ranks in roles.items()}, enable_symm_mem=enable_symm_mem)
-    return _default
+    return ParallelState(**{role: made[ranks] for role, ranks in roles.items()}, enable_symm_mem=enable_symm_mem)
 
 
 def _make_group(ranks: Sequence[int], backend: str, **kwargs: Any) -> Group:
