@@ -39,7 +39,8 @@ struct alignas(128) PadEntry {  // all that one peer writes; 128: x86 fetches ca
 enum class AbortKind : uint32_t { none = 0, missing = 1, died = 2, left = 3, disagree = 4, damaged = 5 };
 
 struct alignas(64) AbortRecord {
-  static constexpr uint32_t kEmpty = 0, kBeingWritten = 1, kComplete = 2;
+  // Abandoned: its writer stopped in the middle (a SIGSTOP, say), and a reader lost patience.
+  static constexpr uint32_t kEmpty = 0, kBeingWritten = 1, kComplete = 2, kAbandoned = 3;
   std::atomic<uint32_t> state;
   AbortKind kind;
   uint32_t reporter;    // the rank that noticed

@@ -159,7 +159,9 @@ void SignalCpu::report(const AbortRecord& what, int reporter) const {
   target.seconds = what.seconds;
   target.expected = what.expected;
   target.got = what.got;
-  target.state.store(AbortRecord::kComplete, std::memory_order_release);
+  // Fails when a reader has lost patience: then nobody reads these fields, this rank neither.
+  state = AbortRecord::kBeingWritten;
+  target.state.compare_exchange_strong(state, AbortRecord::kComplete, std::memory_order_acq_rel);
 }
 
 std::string SignalCpu::failure() const {
@@ -176,9 +178,13 @@ std::string SignalCpu::failure() const {
     }
     if (found.state.load(std::memory_order_acquire) == AbortRecord::kEmpty) return "";
   }
-  // Its writer needs nanoseconds; should it have died in between, what is there still tells more than nothing.
+  // Its writer needs nanoseconds. Should it have stopped in between, all ranks agree to read none of it.
   const Deadline patience(1.0);
-  while (found.state.load(std::memory_order_acquire) != AbortRecord::kComplete && !patience.passed()) sched_yield();
+  while (found.state.load(std::memory_order_acquire) == AbortRecord::kBeingWritten) {
+    uint32_t state = AbortRecord::kBeingWritten;
+    if (patience.passed()) record().state.compare_exchange_strong(state, AbortRecord::kAbandoned);
+    sched_yield();
+  }
   return describe(found);
 }
 
@@ -190,6 +196,9 @@ void SignalCpu::check() const {
 std::string SignalCpu::describe(const AbortRecord& found) const {
   const std::string head = cat("sglang_symm: group '", group_, "' (", world_size_, " ranks) is broken: ");
   const std::string tail = ". destroy() the group and create it again to go on";
+  if (found.state.load(std::memory_order_acquire) == AbortRecord::kAbandoned) {
+    return cat(head, "a rank noticed a failure and stopped or died while it reported it", tail);
+  }
   const std::string who = ranks_of(found.culprits);
   switch (found.kind) {
     case AbortKind::disagree:

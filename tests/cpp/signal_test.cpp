@@ -84,6 +84,18 @@ TEST(Signal, EveryRankSaysWhatTheFirstReportSays) {
   }
 }
 
+TEST(Signal, ARecordWhoseWriterStoppedIsReadByNobody) {
+  Three ranks(5);
+  auto* record = const_cast<AbortRecord*>(ranks[0].abort_record());
+  record->kind = AbortKind::died;  // a writer that was stopped between its fields
+  record->state.store(AbortRecord::kBeingWritten);
+  const std::string sentence = ranks[1].failure();
+  EXPECT_NE(sentence.find("stopped or died while it reported"), std::string::npos) << sentence;
+  ranks[2].on_peer(0, 5, PeerEvent::died);  // too late: the sentence stands
+  EXPECT_EQ(ranks[2].failure(), sentence);
+  EXPECT_EQ(ranks[0].failure(), sentence);
+}
+
 TEST(Signal, ADepartedRankIsNamedOnlyByAWaiter) {
   Three ranks(5);
   ranks[0].on_peer(2, 13, PeerEvent::left);
