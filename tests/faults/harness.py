@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -533,6 +534,8 @@ def main(argv: list[str] | None = None) -> int:
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"forked from a process of {len(threads)} threads"
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    gc.collect()
+    gc.freeze()  # what torch made stays shared with all forks, and their collections pass it by
     objects, begin = shared_objects(), time.monotonic()
     numbers = [args.trial] if args.trial is not None else list(range(args.n))
     directors = min(args.directors, len(numbers))
