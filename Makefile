@@ -75,8 +75,8 @@ demo: $(STAMPS)/extra-models $(STAMPS)/model $(BUILT) ## chat with a real model 
 test: $(STAMPS)/extra-models $(STAMPS)/extra-test $(STAMPS)/model $(BUILT) ## all tests that this machine can run
 	$(PY) tools/run_tests.py
 
-faults: $(STAMPS)/extra-models $(STAMPS)/extra-test $(STAMPS)/model $(BUILT) ## only the fault tests: killed, late and disagreeing ranks
-	$(PY) tools/run_tests.py faults
+faults: $(STAMPS)/extra-models $(STAMPS)/extra-test $(STAMPS)/model $(BUILT) ## the fault tests; N=2000 [SEED=1]: as many random faults
+	$(if $(N),$(PY) tests/faults/harness.py --n $(N) --seed $(or $(SEED),0),$(PY) tools/run_tests.py faults)
 
 test-gpu: $(STAMPS)/extra-models $(STAMPS)/extra-test $(STAMPS)/model $(BUILT) ## the tests on GPUs
 	$(PY) tools/run_tests.py --device cuda
