@@ -209,7 +209,8 @@ class Director:
             rank.pipe.send(("trial", trial, number, prefix))
         members = [ranks[number] for number in trial.members]
         victim, survivors = members[trial.victim], [r for i, r in enumerate(members) if i != trial.victim]
-        self.hear(victim, "creating")
+        for rank in ranks:  # the death is to come in the creation of the group, not in that of the process group
+            self.hear(rank, "creating")
         if trial.fault not in CREATION:
             for rank in ranks:
                 self.hear(rank, "ready")
