@@ -20,9 +20,11 @@ if TYPE_CHECKING:
         get_parallel_state,
         initialize_model_parallel,
     )
+    from .hugging_face import tensor_parallelize
     from .layers import RowParallelLinear
     from .memory import empty, use_symmetric_memory
     from .model_runner import ModelRunner
+    from .tensor_parallel import SymmRowwiseParallel
 
 __all__ = [
     "LibraryError",
@@ -36,6 +38,8 @@ __all__ = [
     "use_symmetric_memory",
     "RowParallelLinear",
     "ModelRunner",
+    "SymmRowwiseParallel",
+    "tensor_parallelize",
 ]
 
 # Public name -> module that defines it.
@@ -49,6 +53,8 @@ _EXPORTS = {
     "use_symmetric_memory": ".memory",
     "RowParallelLinear": ".layers",
     "ModelRunner": ".model_runner",
+    "SymmRowwiseParallel": ".tensor_parallel",
+    "tensor_parallelize": ".hugging_face",
 }
 
 load_or_defer()

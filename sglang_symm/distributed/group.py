@@ -547,6 +547,12 @@ def _as_device(device: torch.device | str | None, process_group: dist.ProcessGro
     return torch.device("cpu")
 
 
+def existing_group(process_group: dist.ProcessGroup, communicator: str = SYMM) -> Group | None:
+    """The first group over this process group, of this communicator, that was not destroyed."""
+    fitting = (g for g in _alive.values() if g.device_group is process_group and g.communicator == communicator)
+    return next(fitting, None)
+
+
 def group_name(group: Group | str) -> str:
     """The name by which ops know the group."""
     return group if isinstance(group, str) else group.unique_name
