@@ -1,0 +1,44 @@
+"""Builds the model checker, and prints at the end how many states each test visited."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path(__file__).with_name("protocol_model.cpp")
+COUNTS = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def checker() -> Path:
+    """The program, built anew when its source is newer."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler ({compiler})")
+    program = ROOT / "build" / "model" / "protocol_model"
+    if not program.exists() or program.stat().st_mtime < SOURCE.stat().st_mtime:
+        program.parent.mkdir(parents=True, exist_ok=True)
+        fresh = program.with_suffix(f".{os.getpid()}")  # moved into place: several test runs may build at a time
+        subprocess.run([compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", SOURCE, "-o", fresh], check=True)
+        fresh.replace(program)
+    return program
+
+
+@pytest.fixture
+def counts(request: pytest.FixtureRequest) -> list[str]:
+    """What is printed at the end of the run, one line an entry."""
+    lines: list[str] = request.config.stash.setdefault(COUNTS, [])
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(COUNTS, [])
+    if lines:
+        terminalreporter.section("states of the protocol model")
+        for line in lines:
+            terminalreporter.write_line(line)
