@@ -115,7 +115,7 @@ def make_extension(cuda: bool):
     # No contraction to fused multiply-add: the portable and the vector paths must give the same bits.
     common = ["-ffp-contract=off", "-fvisibility=hidden"]
     cxx = ["-std=c++20", "-O3", "-g0", *warnings, *common]
-    nvcc = ["-std=c++20", "-O3", "-lineinfo", f"-Xcompiler={','.join(['-Wall', *common])}"]
+    nvcc = ["-std=c++20", "-O3", f"-Xcompiler={','.join(['-Wall', *common])}"]
     if werror:
         nvcc.append("--Werror=all-warnings")
     macros = [("SGLANG_SYMM_TORCH_VERSION", f'"{torch.__version__}"')]

@@ -64,6 +64,10 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> contextlib.Abs
         )
     group._check_usable("use_symmetric_memory")
     group._check_symm("use_symmetric_memory")
+    if group.device.type == "cuda":
+        from sglang_symm.memory_cuda import CudaArenaContext
+
+        return CudaArenaContext(group)
     return _ArenaContext(group)
 
 

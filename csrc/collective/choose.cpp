@@ -28,13 +28,15 @@ Algorithm choose(OpCode op, DType dtype, ReduceOp reduce_op, size_t bytes, int w
   const size_t limit = copies           ? agreed.tuning.copy_one_shot_bytes
                        : world_size > 2 ? agreed.tuning.one_shot_bytes_many
                                         : agreed.tuning.one_shot_bytes;
-  return bytes <= limit ? Algorithm::one_shot : Algorithm::two_shot_direct;
+  if (bytes <= limit) return Algorithm::one_shot;
+  if (copies) return Algorithm::two_shot_direct;
+  return bytes <= agreed.tuning.two_shot_bytes ? Algorithm::two_shot : agreed.tuning.large;
 }
 
 std::string to_string(const Agreed& agreed) {
   return cat("algo=", agreed.forced ? name(*agreed.forced) : "auto", " pinned=", agreed.pinned ? 1 : 0,
              " one_shot_bytes=", agreed.tuning.one_shot_bytes, "/", agreed.tuning.one_shot_bytes_many, "/",
-             agreed.tuning.copy_one_shot_bytes);
+             agreed.tuning.two_shot_bytes, "/", name(agreed.tuning.large), "/", agreed.tuning.copy_one_shot_bytes);
 }
 
 std::optional<Algorithm> parse_algorithm(const std::string& text) {

@@ -17,10 +17,13 @@
 namespace sglang_symm {
 
 // Measured by `tune`; one table a kind of machine. Part of what ranks compare at creation.
+// The defaults are the CPU's.
 struct Tuning {
-  size_t one_shot_bytes = 16 << 10;       // up to this many bytes at P = 2 one_shot wins
-  size_t one_shot_bytes_many = 8 << 10;   // the same at P > 2
-  size_t copy_one_shot_bytes = 64 << 10;  // all_gather, broadcast, reduce_scatter: through slots up to here
+  size_t one_shot_bytes = 16 << 10;              // up to this many bytes at P = 2 one_shot wins
+  size_t one_shot_bytes_many = 8 << 10;          // the same at P > 2
+  size_t two_shot_bytes = 0;                     // above one_shot, up to here two_shot through slots; beyond it `large`
+  Algorithm large = Algorithm::two_shot_direct;  // of reductions beyond two_shot_bytes
+  size_t copy_one_shot_bytes = 64 << 10;         // all_gather, broadcast, reduce_scatter: through slots up to here
 };
 
 // Configuration exchanged and compared when the group is created.

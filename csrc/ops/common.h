@@ -60,6 +60,9 @@ at::Tensor wrap_block(void* block, size_t bytes, at::IntArrayRef sizes, const at
 // A full arena under use_symmetric_memory or in an output: one warning a group.
 void warn_full_once(Group& group, size_t bytes);
 
+// The innermost group whose use_symmetric_memory this thread is inside of, if it is on a GPU.
+Group* current_cuda_group();
+
 // The process group's collectives (Gloo, NCCL), found through torch's own functional ops by the c10d name.
 namespace fallback {
 at::Tensor all_reduce(Group& group, const Descriptor& descriptor, const at::Tensor& x, const std::string& op);

@@ -49,6 +49,11 @@ c10::Allocator* ArenaFirstAllocator::next = nullptr;
 
 }  // namespace
 
+Group* current_cuda_group() {
+  Group* innermost = scopes.empty() ? nullptr : scopes.back().get();
+  return innermost != nullptr && innermost->config().device != "cpu" ? innermost : nullptr;
+}
+
 void install_cpu_allocator() {
   static const bool installed = [] {
     ArenaFirstAllocator::next = c10::GetAllocator(c10::DeviceType::CPU);

@@ -1,0 +1,142 @@
+// How every kernel of collective/ is launched, and what all of them share.
+#pragma once
+
+#include <type_traits>
+
+#include "base/driver_cuda.h"
+#include "collective/kernels_cuda.h"
+#include "collective/vector_cuda.cuh"
+
+namespace sglang_symm::device {
+
+// The last warp of a CTA keeps the protocol; the others, its workers, move data.
+__device__ __forceinline__ bool is_signal_warp() {
+  return threadIdx.x >= blockDim.x - kWarp;
+}
+struct Workers {
+  uint32_t first, stride;
+};
+__device__ __forceinline__ Workers workers() {
+  const uint32_t each = blockDim.x - kWarp;
+  return {blockIdx.x * each + threadIdx.x, gridDim.x * each};
+}
+
+__device__ __forceinline__ bool is_aligned(const void* p) {
+  return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+}
+
+template <class Type>
+__host__ __device__ constexpr uint32_t chunks_of(size_t count) {
+  return static_cast<uint32_t>((count + Type::kElements - 1) / Type::kElements);
+}
+
+// The slots of one parity, cut into one part a source.
+struct Slots {
+  size_t offset;  // in every arena
+  size_t part;    // bytes
+
+  __device__ std::byte* at(const Session& s, int rank, int source, uint32_t chunk) const {
+    return s.call.window[rank] + offset + static_cast<size_t>(source) * part + size_t{chunk} * 16;
+  }
+};
+
+// What cannot be had is NaN in every floating dtype.
+template <class Type>
+__device__ __forceinline__ void fill(void* out, size_t count) {
+  const Workers w = workers();
+  for (uint32_t i = w.first; i < chunks_of<Type>(count); i += w.stride) {
+    store_chunk<Type>(out, i, count, is_aligned(out), all_bits_set());
+  }
+}
+
+// One look at every source's slot of a chunk; v[r] is valid for all r but the own when it returns true.
+// Every v[r] is written, so none is kept in a register while a slow poll calls its functions.
+template <int Max>
+__device__ __forceinline__ bool look(const Session& s, const Slots& slots, uint32_t chunk, uint4 (&v)[Max]) {
+  bool all = true;
+#pragma unroll
+  for (int r = 0; r < Max; r++) {
+    const bool comes = r < s.call.world_size && r != s.call.rank;
+    v[r] = comes ? load_sys(static_cast<const void*>(slots.at(s, s.call.rank, r, chunk))) : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int r = 0; r < Max; r++) {
+    if (r < s.call.world_size && r != s.call.rank) all &= is_data(v[r]);
+  }
+  return all;
+}
+
+// The ranks whose word of a chunk has not come.
+inline __device__ __noinline__ uint32_t missing_in(const CallCuda& call, const std::byte* slot, size_t part) {
+  uint32_t mask = 0;
+  for (int r = 0; r < call.world_size; r++) {
+    const void* word = slot + static_cast<size_t>(r) * part;
+    if (r != call.rank && !is_data(load_sys(word))) mask |= 1u << r;
+  }
+  return mask;
+}
+
+template <int Max>
+__device__ __forceinline__ bool receive(const Session& s, const Slots& slots, uint32_t chunk, uint4 (&v)[Max]) {
+  return wait(
+      s, [&] { return look(s, slots, chunk, v); },
+      [&] { return missing_in(s.call, slots.at(s, s.call.rank, 0, chunk), slots.part); });
+}
+
+template <int Max>
+__device__ __forceinline__ void re_arm(const Session& s, const Slots& slots, uint32_t chunk) {
+#pragma unroll
+  for (int r = 0; r < Max; r++) {
+    if (r >= s.call.world_size || r == s.call.rank) continue;
+    store_sys(static_cast<void*>(slots.at(s, s.call.rank, r, chunk)), all_bits_set());
+  }
+}
+
+// Programmatic launch: the kernel is brought in while the one before it ends, and waits in begin().
+template <class Args>
+void launch(void (*kernel)(Args), const Args& args, int ctas, int threads, cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ctas));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args), "the launch of a collective's kernel");
+}
+
+// Calls f with the element type of `dtype`.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  if (dtype == DType::float32) return f(Float32{});
+  if (dtype == DType::bfloat16) return f(BFloat16{});
+  if (dtype == DType::float16) return f(Float16{});
+  fail(ErrorKind::argument, "a native sum of ", name(dtype), ", expected float32, bfloat16 or float16");
+}
+
+// Calls f with std::true_type when both tensors are aligned and whole chunks and there is no bias: see load_chunk.
+template <class Type, class F>
+void with_plain(const SumCuda& a, const F& f) {
+  const auto aligned = [](const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; };
+  const bool plain = aligned(a.in) && aligned(a.out) && a.count % Type::kElements == 0 && a.bias == nullptr;
+  if (plain) return f(std::true_type{});
+  return f(std::false_type{});
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f with the smallest of 2, 4, 8, 16 that holds `world_size`: registers are arrays of that many sources.
+template <class F>
+void with_world(int world_size, const F& f) {
+  if (world_size <= 2) return f(Constant<2>{});
+  if (world_size <= 4) return f(Constant<4>{});
+  if (world_size <= 8) return f(Constant<8>{});
+  return f(Constant<16>{});
+}
+
+}  // namespace sglang_symm::device

@@ -1,0 +1,282 @@
+// The protocol of a call between GPUs, for kernels: the device twin of signal_cpu.h.
+//
+//   begin     waits for the previous kernel, reads this CTA's epoch
+//   headers   one warp of CTA 0: my header to every peer, every peer's header here, descriptors compared
+//   wait      bounded: data first, then a broken group, then the deadline
+//   finish    (direct algorithms) tells the peers that this CTA touches their memory no more, waits for the same
+//   end       advances the epochs
+//
+// Nothing traps. A wait that fails writes the device's record in host memory once, sets `broken` and returns false;
+// the caller stores NaN (all bits set) for what it could not have, and the kernel leaves. No thread skips end().
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "signal/pad_cuda.h"
+
+namespace sglang_symm::device {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kFastPolls = 256;  // about 0.1 ms, then broken, the hosts and the clock are looked at
+constexpr uint64_t kHostPeriodNs = 1'000'000;
+
+// ---- memory accesses that another GPU takes part in ----
+
+__device__ __forceinline__ void store_sys(void* p, uint4 v) {
+  asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_sys(const void* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_sys(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t load_sys(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
+  asm volatile("st.release.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint64_t time_ns() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+
+// ---- a call ----
+
+struct Session {
+  const CallCuda& call;
+  uint32_t epoch;
+  bool alive;  // false: the group is broken or destroyed, touch nothing of a peer
+
+  __device__ PadCuda* pad(int rank) const { return reinterpret_cast<PadCuda*>(call.window[rank]); }
+  __device__ PadCuda* own() const { return pad(call.rank); }
+  __device__ uint32_t parity() const { return epoch & 1; }
+  // The next rank first: not everybody writes to rank 0 at once.
+  __device__ int peer(int step) const {
+    const int r = call.rank + step;
+    return r < call.world_size ? r : r - call.world_size;
+  }
+};
+
+__device__ __forceinline__ Session begin(const CallCuda& call) {
+  // Nothing before this touches a slot or an epoch. Then the next kernel may be brought in: it waits at its own.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
+  const uint32_t last = load_sys(&pad->epoch[blockIdx.x]);
+  const uint32_t broken = load_sys(&pad->broken);
+  return {call, last + 1, broken == 0};
+}
+
+// All threads of the CTA.
+__device__ __forceinline__ void end(const Session& s) {
+  __syncthreads();
+  PadCuda* pad = s.own();
+#pragma unroll 1
+  for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < kMaxCtas; i += blockDim.x * gridDim.x) {
+    pad->epoch[i] = s.epoch;
+  }
+}
+
+// ---- failures ----
+
+// The first failure of this device, for the hosts. `seconds`: how long it waited.
+__device__ __forceinline__ void record_failure(const CallCuda& call, uint32_t epoch, AbortKind kind, uint32_t culprits,
+                                               double seconds, const Descriptor& expected, const Descriptor& got) {
+  PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
+  if (atomicCAS(&pad->claimed, 0u, 1u) == 0) {
+    AbortRecord* record = call.record;
+    record->kind = kind;
+    record->reporter = static_cast<uint32_t>(call.rank);
+    record->culprits = culprits;
+    record->epoch = epoch;
+    record->pid = 0;
+    record->seconds = seconds;
+    record->expected = expected;
+    record->got = got;
+    __threadfence_system();
+    store_release(reinterpret_cast<uint32_t*>(&record->state), AbortRecord::kComplete);
+  }
+  store_sys(&pad->broken, 1u);
+}
+
+struct Clock {
+  uint64_t start = 0;
+  uint64_t next_look = 0;
+};
+
+// Asked now and then by a thread that waits for `missing`: true when it need not wait any longer, because the group is
+// broken (here, or so the hosts say), a missing rank has left, or the deadline has passed. A function of its own, not
+// inlined: many places wait, and kernels must fit the instruction cache.
+inline __device__ __noinline__ bool give_up(const CallCuda& call, uint32_t epoch, uint32_t missing, Clock* clock) {
+  PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
+  if (load_sys(&pad->broken) != 0) return true;
+  const uint64_t now = time_ns();
+  if (clock->start == 0) clock->start = now;
+  if (now < clock->next_look) return false;
+  clock->next_look = now + kHostPeriodNs;
+  const unsigned together = __activemask();
+  if ((threadIdx.x & (kWarp - 1)) == static_cast<unsigned>(__ffs(together) - 1)) {  // over PCIe, one lane a warp
+    if (load_sys(call.abort_state) != AbortRecord::kEmpty) {
+      store_sys(&pad->broken, 1u);
+      return true;
+    }
+    const uint32_t left = load_sys(call.left) & missing;
+    if (left != 0) {
+      record_failure(call, epoch, AbortKind::left, left, 0, call.descriptor, call.descriptor);
+      return true;
+    }
+  }
+  const double seconds = epoch == 1 ? call.first_seconds : call.seconds;
+  if (now - clock->start < static_cast<uint64_t>(seconds * 1e9)) return false;
+  record_failure(call, epoch, AbortKind::missing, missing, seconds, call.descriptor, call.descriptor);
+  return true;
+}
+
+// ready(): whether what is waited for has come; asked first, and again after there was a reason to give up.
+// missing(): the ranks that it has not come from.
+template <class Ready, class Missing>
+__device__ __forceinline__ bool wait(const Session& s, const Ready& ready, const Missing& missing) {
+  Clock clock;
+  for (bool last = false;; last = give_up(s.call, s.epoch, missing(), &clock)) {
+#pragma unroll 1
+    for (int i = 0; i < kFastPolls; i++) {
+      if (ready()) return true;
+    }
+    if (last) return false;
+  }
+}
+
+// ---- headers ----
+
+__device__ __forceinline__ uint32_t descriptor_word(const Descriptor& d, int i) {
+  const uint32_t small = static_cast<uint32_t>(d.op) | static_cast<uint32_t>(d.dtype) << 8 |
+                         static_cast<uint32_t>(d.algorithm) << 16 | static_cast<uint32_t>(d.flags) << 24;
+  return i == 0   ? small
+         : i == 1 ? d.aux
+         : i == 2 ? static_cast<uint32_t>(d.count)
+                  : static_cast<uint32_t>(d.count >> 32);
+}
+
+__device__ __forceinline__ Descriptor descriptor_of(const HeaderCuda& h) {
+  const uint32_t small = load_sys(&h.word[0]);
+  Descriptor d;
+  d.op = static_cast<OpCode>(small & 0xFF);
+  d.dtype = static_cast<DType>(small >> 8 & 0xFF);
+  d.algorithm = static_cast<Algorithm>(small >> 16 & 0xFF);
+  d.flags = static_cast<uint8_t>(small >> 24);
+  d.aux = load_sys(&h.word[2]);
+  d.count = static_cast<uint64_t>(load_sys(&h.word[6])) << 32 | load_sys(&h.word[4]);
+  return d;
+}
+
+__device__ __forceinline__ uint64_t offset_in(const HeaderCuda& h) {
+  return static_cast<uint64_t>(load_sys(&h.word[10])) << 32 | load_sys(&h.word[8]);
+}
+__device__ __forceinline__ uint64_t offset_out(const HeaderCuda& h) {
+  return static_cast<uint64_t>(load_sys(&h.word[14])) << 32 | load_sys(&h.word[12]);
+}
+
+// Every rank sees the same headers, hence reports the same.
+inline __device__ __noinline__ void report_disagreement(const CallCuda& call, uint32_t epoch) {
+  const PadCuda* pad = reinterpret_cast<const PadCuda*>(call.window[call.rank]);
+  const auto of_rank = [&](int r) {
+    return r == call.rank ? call.descriptor : descriptor_of(pad->header[epoch & 1][r]);
+  };
+  const Descriptor reference = of_rank(0);
+  for (int r = 1; r < call.world_size; r++) {
+    const Descriptor other = of_rank(r);
+    bool same = true;
+    for (int i = 0; i < 4; i++) same &= descriptor_word(other, i) == descriptor_word(reference, i);
+    if (same) continue;
+    record_failure(call, epoch, AbortKind::disagree, 1u << r, 0, reference, other);
+    return;
+  }
+}
+
+// One whole warp. Four lanes a peer, 16 bytes a lane: {data, epoch, data, epoch}.
+__device__ __forceinline__ void send_headers(const Session& s) {
+  const int lane = threadIdx.x & (kWarp - 1);
+  const int quad = lane & 3;
+  const uint64_t offset = quad == 2 ? s.call.offset_in : s.call.offset_out;
+  const uint32_t low = quad < 2 ? descriptor_word(s.call.descriptor, 2 * quad) : static_cast<uint32_t>(offset);
+  const uint32_t high =
+      quad < 2 ? descriptor_word(s.call.descriptor, 2 * quad + 1) : static_cast<uint32_t>(offset >> 32);
+#pragma unroll 1
+  for (int step = 1 + (lane >> 2); step < s.call.world_size; step += kWarp / 4) {
+    uint32_t* word = &s.pad(s.peer(step))->header[s.parity()][s.call.rank].word[4 * quad];
+    store_sys(static_cast<void*>(word), make_uint4(low, s.epoch, high, s.epoch));
+  }
+}
+
+inline __device__ __noinline__ uint32_t missing_headers(const CallCuda& call, uint32_t epoch) {
+  const PadCuda* pad = reinterpret_cast<const PadCuda*>(call.window[call.rank]);
+  uint32_t mask = 0;
+  for (int r = 0; r < call.world_size; r++) {
+    if (r != call.rank && load_sys(&pad->header[epoch & 1][r].word[1]) != epoch) mask |= 1u << r;
+  }
+  return mask;
+}
+
+// One whole warp. True when every peer's header has come and all descriptors are equal.
+__device__ __forceinline__ bool await_headers(const Session& s) {
+  const int lane = threadIdx.x & (kWarp - 1);
+  const int quad = lane & 3;
+  bool all_came = true, same = true;
+#pragma unroll 1
+  for (int step = 1 + (lane >> 2); step < s.call.world_size && all_came; step += kWarp / 4) {
+    const int peer = s.peer(step);
+    const uint32_t* word = &s.own()->header[s.parity()][peer].word[4 * quad];
+    uint4 got;
+    const auto came = [&] {
+      got = load_sys(static_cast<const void*>(word));
+      return got.y == s.epoch && got.w == s.epoch;
+    };
+    const auto missing = [&] { return missing_headers(s.call, s.epoch) | 1u << peer; };
+    all_came = wait(s, came, missing);
+    if (all_came && quad < 2) {
+      same &= got.x == descriptor_word(s.call.descriptor, 2 * quad) &&
+              got.z == descriptor_word(s.call.descriptor, 2 * quad + 1);
+    }
+  }
+  all_came = __all_sync(kAllLanes, all_came) != 0;
+  same = __all_sync(kAllLanes, same) != 0;
+  if (all_came && !same && lane == 0) report_disagreement(s.call, s.epoch);
+  __syncwarp();
+  return all_came && same;
+}
+
+// ---- the closing barrier of direct algorithms, all threads of the CTA ----
+
+__device__ __forceinline__ bool finish(const Session& s) {
+  __threadfence_system();
+  __syncthreads();
+  bool fine = true;
+  const int step = 1 + static_cast<int>(threadIdx.x);
+  if (step < s.call.world_size) {
+    const int peer = s.peer(step);
+    store_release(&s.pad(peer)->done[s.parity()][s.call.rank][blockIdx.x], s.epoch);
+    const uint32_t* flag = &s.own()->done[s.parity()][peer][blockIdx.x];
+    fine = wait(
+        s, [&] { return load_acquire(flag) == s.epoch; }, [&] { return 1u << peer; });
+  }
+  return __syncthreads_and(fine) != 0;
+}
+
+}  // namespace sglang_symm::device

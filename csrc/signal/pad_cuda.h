@@ -1,0 +1,77 @@
+// The device twin of pad.h: the words that GPUs write to each other. It lies at the beginning of every CUDA arena.
+//
+//   word                      written by                        read by     at rest            scope
+//   header[p][s]              rank s, in call e, p = e & 1      the owner   e of an old call   each half holds its e
+//   done[p][s][c]             CTA c of rank s, when it no       the owner   e of an old call   release / acquire
+//                             longer touches a peer's memory
+//   proof[s]                  rank s, once, at creation         the owner   0                  a host barrier
+//   epoch[c]                  this rank's kernels, at the end   CTA c       e of the last call end of a kernel
+//   broken, claimed           this rank's kernels, once         its kernels 0                  relaxed
+//   slots                     rank s, one-shot and two-shot     the owner   kSentinel          each word is data or not
+//   small slots               rank s, small copies              the owner   e of an old call   each half holds its e
+//
+// A word of 8 bytes carries 4 bytes of data and 4 of epoch, and arrives whole (16 bytes may not): so a header, and a
+// small copy, need no flag. A float sum's slots rest at a value that no sender sends, so its data needs no flag either.
+// The reader puts the sentinel back at once; two parities are enough for the reason that pad.h gives: a kernel ends
+// only when it holds every peer's header of its epoch.
+//
+// Epochs lie in device memory, so a CUDA graph replays. A kernel of g CTAs advances the counters b, b + g, b + 2 g ...
+// by its CTA b, all alike whatever g; CTA b reads counter b only, so nothing is read that a neighbour writes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "signal/pad.h"
+
+namespace sglang_symm {
+
+constexpr int kMaxCtas = 256;
+constexpr uint32_t kSentinel = 0xFFFFFFFFu;
+
+struct alignas(64) HeaderCuda {
+  uint32_t word[16];  // data, epoch, data, epoch, ...: 4 words of Descriptor, 2 of offset_in, 2 of offset_out
+};
+
+struct PadCuda {
+  HeaderCuda header[2][kMaxWorldSize];
+  uint32_t done[2][kMaxWorldSize][kMaxCtas];
+  uint32_t proof[kMaxWorldSize];
+  // This rank's alone.
+  alignas(128) uint32_t epoch[kMaxCtas];
+  alignas(128) uint32_t broken;  // no call of this group does anything any more
+  uint32_t claimed;              // somebody writes the device's record
+};
+
+// Where things lie in a CUDA arena; the same on all ranks.
+struct LayoutCuda {
+  size_t small;        // [2 parities][rank][2 * small_bytes]
+  size_t small_bytes;  // of data, a rank a parity
+  size_t slots;        // [2 parities][slot_bytes]
+  size_t slot_bytes;   // a parity, for all ranks together
+  size_t staging_in;   // staging_bytes each: for tensors that peers must reach and that lie outside
+  size_t staging_out;
+  size_t staging_bytes;
+  size_t heap;
+
+  static LayoutCuda of(size_t arena_bytes, int world_size);
+};
+
+// What every kernel of a group is given.
+struct CallCuda {
+  std::byte* window[kMaxWorldSize];  // the ranks' arenas as this device sees them
+  int rank;
+  int world_size;
+  Descriptor descriptor;
+  uint64_t offset_in;
+  uint64_t offset_out;
+  // Host memory that the device can reach, read in slow polls only.
+  const uint32_t* abort_state;  // of the record that all ranks raise from
+  const uint32_t* left;         // bit r: rank r said bye
+  AbortRecord* record;          // this device's own, written once
+  double first_seconds;         // how long the first call waits
+  double seconds;
+};
+
+}  // namespace sglang_symm

@@ -1,0 +1,140 @@
+"""Collectives between GPUs give the bits of an fp32 sum in rank order, on every rank, by every algorithm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed_cases import NATIVE, inputs, ordered_sum, same_bits
+
+COUNTS = [0, 1, 3, 8, 127, 1000, 4096, 65_536 + 5, 700_001]
+ALGORITHMS = ["one_shot", "two_shot", "two_shot_direct"]
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def group(request, world):
+    from sglang_symm.distributed.group import Group
+
+    group = Group(device="cuda", timeout=20.0, arena_bytes=64 << 20, algo=request.param)
+    yield group
+    torch.cuda.synchronize()
+    group.destroy()
+
+
+@pytest.mark.parametrize("dtype", NATIVE, ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_all_reduce_gives_the_bits_of_the_ordered_sum(group, rank, size, dtype, count):
+    xs = inputs(size, [count], dtype)
+    x = xs[rank].cuda()
+    for _ in range(3):
+        assert same_bits(group.all_reduce(x).cpu(), ordered_sum(xs))
+    assert same_bits(x.cpu(), xs[rank])
+    group.all_reduce_(x)
+    assert same_bits(x.cpu(), ordered_sum(xs))
+
+
+@pytest.mark.parametrize("dtype", NATIVE, ids=str)
+def test_any_alignment_and_strides(group, rank, size, dtype):
+    for start in (1, 2, 3, 5):
+        xs = inputs(size, [5000], dtype, seed=start)
+        x = xs[rank].cuda()[start + rank % 2 :][:4000]
+        expected = ordered_sum([t[start + r % 2 :][:4000] for r, t in enumerate(xs)])
+        assert same_bits(group.all_reduce(x).cpu(), expected)
+        group.all_reduce_(x)
+        assert same_bits(x.cpu(), expected)
+    xs = inputs(size, [40, 60], dtype)
+    assert same_bits(group.all_reduce(xs[rank].cuda().t()).cpu(), ordered_sum([t.t() for t in xs]))
+
+
+@pytest.mark.parametrize("dtype", NATIVE, ids=str)
+def test_not_a_number_and_infinity_are_sums_like_others(group, rank, size, dtype):
+    bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    x = torch.full((1000,), -1, dtype=bits).view(dtype) if rank == 0 else torch.ones(1000, dtype=dtype)
+    x[500:] = float("inf") if rank == 0 else 1.0
+    y = group.all_reduce(x.cuda()).cpu()
+    assert y[:500].isnan().all()
+    assert (y[500:] == float("inf")).all()
+
+
+def test_calls_larger_than_the_slots_go_in_rounds(make, rank, size):
+    for algo in ALGORITHMS:
+        group = make(arena_bytes=8 << 20, algo=algo)
+        xs = inputs(size, [3_000_003], torch.bfloat16)
+        x = xs[rank].cuda()
+        assert same_bits(group.all_reduce(x).cpu(), ordered_sum(xs))
+        assert same_bits(group.all_reduce(x).cpu(), ordered_sum(xs))
+
+
+def test_the_same_bits_whatever_the_grid(group, rank, size):
+    xs = inputs(size, [1 << 20], torch.bfloat16)
+    x = xs[rank].cuda()
+    whole = group.all_reduce(x)
+    for step in (1 << 10, 1 << 14, 1 << 18):
+        parts = torch.cat([group.all_reduce(x[i : i + step]) for i in range(0, 1 << 18, step)])
+        assert same_bits(parts, whole[: 1 << 18])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 512, 40_000])
+def test_all_gather_and_broadcast_copy_bits(group, rank, size, dtype, rows):
+    xs = inputs(size, [rows, 3], dtype)
+    if dtype is torch.int64:
+        xs = [x.neg() for x in xs]  # all bits set among them
+    assert same_bits(group.all_gather(xs[rank].cuda()).cpu(), torch.cat(xs))
+    sizes = [rows + r for r in range(size)]
+    ragged = inputs(size, [rows + size, 3], dtype, seed=1)
+    mine = ragged[rank][: sizes[rank]].cuda()
+    assert same_bits(
+        group.all_gather(mine, sizes=sizes).cpu(), torch.cat([t[:n] for t, n in zip(ragged, sizes, strict=True)])
+    )
+    for src in range(size):
+        x = xs[rank].cuda()
+        group.broadcast(x, src)
+        assert same_bits(x.cpu(), xs[src])
+
+
+@pytest.mark.parametrize("dtype", NATIVE, ids=str)
+@pytest.mark.parametrize("rows", [1, 9, 3000])
+def test_reduce_scatter_sums_in_rank_order(group, rank, size, dtype, rows):
+    xs = inputs(size, [rows * size, 5], dtype)
+    expected = ordered_sum(xs)[rank * rows : (rank + 1) * rows]
+    assert same_bits(group.reduce_scatter(xs[rank].cuda()).cpu(), expected)
+    sizes = [rows + r for r in range(size)]
+    xs = inputs(size, [sum(sizes), 5], dtype, seed=1)
+    begin = sum(sizes[:rank])
+    expected = ordered_sum(xs)[begin : begin + sizes[rank]]
+    assert same_bits(group.reduce_scatter(xs[rank].cuda(), sizes=sizes).cpu(), expected)
+
+
+def test_barrier_and_rendezvous(shared_group, rank, size):
+    from sglang_symm import memory
+
+    shared_group.barrier()
+    x = memory.empty(64, group=shared_group, dtype=torch.float32)
+    x.fill_(rank)
+    handle = shared_group.rendezvous(x)
+    shared_group.barrier()
+    for peer in range(size):
+        assert (handle.get_buffer(peer, [64], torch.float32) == peer).all()
+    shared_group.barrier()
+
+
+def test_row_parallel_linear_is_its_reference(shared_group, rank, size):
+    for m in (1, 16, 200):
+        generator = torch.Generator().manual_seed(rank)
+        x = torch.randn(m, 256, generator=generator).to(torch.bfloat16).cuda()
+        w = torch.randn(512, 256, generator=generator).to(torch.bfloat16).cuda()
+        b = torch.randn(512, generator=torch.Generator().manual_seed(9)).to(torch.bfloat16).cuda()
+        ops = torch.ops.sglang_symm
+        y = ops.row_parallel_linear(x, w, b, shared_group.unique_name)
+        expected = ops._row_parallel_linear_reference(x, w, b, shared_group.unique_name)
+        assert same_bits(y, expected)
+
+
+def test_other_dtypes_go_through_the_process_group(shared_group, rank, size):
+    if "nccl" not in dist.get_backend_config():
+        pytest.skip("ranks share a GPU")
+    x = torch.full((5,), rank + 1, device="cuda", dtype=torch.int64)
+    assert (shared_group.all_reduce(x) == size * (size + 1) // 2).all()
+    assert (shared_group.all_reduce(x, "max") == size).all()

@@ -1,0 +1,152 @@
+"""CUDA graphs, streams, and memory that comes back in the order of streams."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sglang_symm import memory
+from tests.distributed_cases import inputs, ordered_sum, same_bits
+
+REPLAYS = int(os.environ.get("SGLANG_SYMM_TEST_REPLAYS", "10000"))
+
+
+def test_replays_equal_eager_to_the_bit_with_allocations_between(shared_group, rank, size):
+    group = shared_group
+    counts = [8, 1000, 4096, 70_000]
+    xs = [inputs(size, [n], torch.bfloat16, seed=n) for n in counts]
+    static = [x[rank].cuda() for x in xs]
+    expected = [ordered_sum(x).cuda() for x in xs]
+    for x in static:
+        group.all_reduce(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [group.all_reduce(x) for x in static]
+        gathered = group.all_gather(static[0])
+        for _ in range(3):
+            outs[0] = group.all_reduce(outs[0] * (1.0 / size))
+    graph.replay()
+    first = outs[0].clone()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    live = []
+    bits = [e.view(torch.int16) for e in expected]
+    for i in range(REPLAYS):
+        graph.replay()
+        if i % 10 == 0:
+            for out, want in zip(outs[1:], bits[1:], strict=True):
+                wrong += (out.view(torch.int16) != want).sum()
+            wrong += (outs[0].view(torch.int16) != first.view(torch.int16)).sum()
+            # Divergent histories of allocation: ranks hold different blocks.
+            live.append(memory.empty(100 * (1 + (i * 7 + rank * 3) % 50), group=group, dtype=torch.float32).fill_(-1.0))
+            live = live[-(1 + (i // 10 + rank) % 5) :]
+        if i % 50 == 0:
+            wrong += (group.all_reduce(static[2]).view(torch.int16) != bits[2]).sum()
+    assert wrong.item() == 0
+    assert same_bits(gathered.cpu(), torch.cat(xs[0]))
+    group.check()
+
+
+def test_a_block_freed_in_a_capture_is_never_handed_to_eager_code(make):
+    group = make()
+    x = torch.ones(10_000, device="cuda")
+    group.all_reduce(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    captured = set()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            y = group.all_reduce(x)
+            captured.add(y.data_ptr())
+        del y
+    eager = [memory.empty(10_000, group=group, dtype=torch.float32) for _ in range(20)]
+    assert not captured & {t.data_ptr() for t in eager}
+    before = group.memory_stats()["allocated_bytes"]
+    torch.cuda.synchronize()
+    del graph
+    memory.empty(1, group=group)  # what graphs kept is collected at the next allocation
+    torch.cuda.synchronize()
+    memory.empty(1, group=group)
+    assert group.memory_stats()["allocated_bytes"] < before
+
+
+def test_small_batches_in_graphs(make, rank, size):
+    group = make()
+    for rows in (1, 2, 3):
+        xs = inputs(size, [rows, 64], torch.bfloat16, seed=rows)
+        x = xs[rank].cuda()
+        group.all_reduce(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = group.all_reduce(x)
+        for _ in range(100):
+            graph.replay()
+            assert same_bits(y.cpu(), ordered_sum(xs))
+
+
+def test_calls_from_other_streams_are_ordered(shared_group, rank, size):
+    xs = inputs(size, [50_000], torch.bfloat16)
+    x = xs[rank].cuda()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    outs = []
+    for i in range(60):
+        with torch.cuda.stream(streams[i % 3]):
+            outs.append(shared_group.all_reduce(x))
+    torch.cuda.synchronize()
+    assert all(same_bits(out.cpu(), ordered_sum(xs)) for out in outs)
+
+
+def test_a_full_arena_gives_ordinary_memory_or_an_error(make, rank, size):
+    group = make(arena_bytes=16 << 20)
+    kept = memory.empty(group.memory_stats()["largest_free_bytes"] - 4096, group=group, dtype=torch.uint8)
+    x = torch.ones(1 << 20, device="cuda")
+    y = group.all_reduce(x)
+    assert not torch.ops.sglang_symm._in_arena(y, group.unique_name)
+    assert (y == size).all()
+    with pytest.raises(torch.OutOfMemoryError, match="arena_bytes"):
+        memory.empty(1 << 20, group=group)
+    del kept
+    torch.cuda.synchronize()
+    assert torch.ops.sglang_symm._in_arena(group.all_reduce(x), group.unique_name)
+
+
+def test_destroy_and_create_again(make, rank, size):
+    for _ in range(3):
+        group = make()
+        x = torch.ones(5000, device="cuda")
+        y = group.all_reduce(x)
+        group.destroy()
+        assert (y == size).all()
+
+
+def test_foreign_ops_allocate_in_the_arena_under_the_context(make, rank, size):
+    group = make(arena_bytes=128 << 20)
+
+    def inside(x: torch.Tensor) -> bool:
+        return torch.ops.sglang_symm._in_arena(x, group.unique_name)
+
+    with memory.use_symmetric_memory(group):
+        small = torch.ones(1000, device="cuda")
+        with memory.use_symmetric_memory(group):
+            large = torch.ones(5_000_000, device="cuda")
+    outside = torch.ones(1000, device="cuda")
+    assert inside(small)
+    assert inside(large)
+    assert not inside(outside)
+    assert group.memory_stats()["allocated_bytes"] <= (32 << 20) + 1.3 * 4 * 5_001_000
+    assert (group.all_reduce(large) == size).all()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        with memory.use_symmetric_memory(group):
+            captured = torch.ones(3000, device="cuda")
+        total = group.all_reduce(captured)
+    with memory.use_symmetric_memory(group):
+        eager = [torch.full((3000,), -1.0, device="cuda") for _ in range(50)]
+    graph.replay()
+    assert (total == size).all()
+    assert all((x == -1).all() for x in eager)
