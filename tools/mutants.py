@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant(
         "the deadline is never looked at",
         "signal/signal_cpu.cpp",
-        "return now_ns() >= end_ns_;",
-        "return false;",
+        "return stop || now >= end_ns_;",
+        "return stop;",
     ),
     Mutant(
         "offsets from peers are believed",
@@ -160,6 +160,126 @@ MUTANTS = [
         "if (result != Received::whole || !is_from_member(hello, token_, socket.get())) return false;",
         "if (result != Received::whole || (is_from_member(hello, token_, socket.get()), false)) return false;",
         "Rendezvous.*",
+    ),
+    # The protocol's model (tests/model) has the same mutants, and those that no test of the real thing can catch.
+    Mutant(
+        "the last peer's header is not awaited",
+        "signal/signal_cpu.cpp",
+        "step < world_size_; step++) {\n    const int peer",
+        "step < world_size_ - 1; step++) {\n    const int peer",
+        "Signal.*",
+    ),
+    Mutant(
+        "the root of a broadcast awaits nobody",
+        "signal/signal_cpu.cpp",
+        "{ return header(call, peer).epoch",
+        "{ return (call.descriptor.op == OpCode::broadcast && int(call.descriptor.aux) == rank_) || "
+        "header(call, peer).epoch",
+        "Signal.*",
+    ),
+    Mutant(
+        "a reader of a broadcast awaits the root alone",
+        "signal/signal_cpu.cpp",
+        "{ return header(call, peer).epoch",
+        "{ return (call.descriptor.op == OpCode::broadcast && int(call.descriptor.aux) != peer) || "
+        "header(call, peer).epoch",
+        "Signal.*",
+    ),
+    Mutant(
+        "only the root of a broadcast sends a header",
+        "signal/signal_cpu.cpp",
+        "step < world_size_; step++) {  // the next rank first",
+        "step < world_size_ && (descriptor.op != OpCode::broadcast || int(descriptor.aux) == rank_); step++) {  //",
+        "Signal.*",
+    ),
+    Mutant(
+        "a call of 0 elements sends no header",
+        "signal/signal_cpu.cpp",
+        "step < world_size_; step++) {  // the next rank first",
+        "step < world_size_ && descriptor.count != 0; step++) {  //",
+        "Signal.*",
+    ),
+    Mutant(
+        "the slot is filled after the header is sent",
+        "collective/collectives_cpu.cpp",
+        "const uint64_t offset = stage(round.in, bytes, false);\n"
+        "  const Call call = signal_.start(descriptor, offset, kNoOffset);\n",
+        "std::byte* late = slot();\n"
+        "  const Call call = signal_.start(descriptor, static_cast<uint64_t>(late - arena_.base()), kNoOffset);\n"
+        "  sched_yield();\n  copy_bytes(late, round.in, bytes);\n",
+    ),
+    Mutant(
+        "the slot is filled before the abort record is looked at",
+        "collective/collectives_cpu.cpp",
+        "  signal_.require_healthy();\n  return arena_.base()",
+        "  return arena_.base()",
+    ),
+    Mutant(
+        "done is sent before the share is written",
+        "collective/collectives_cpu.cpp",
+        "  sum_in_rank_order({sources.data(), world_size_, outputs.data(), world_size_, hi - lo, round.dtype, round.bias,\n"
+        "                     round.bias_length, bias_start + lo},\n"
+        "                    path_);\n  signal_.finish(call);\n",
+        "  signal_.finish(call);\n"
+        "  sum_in_rank_order({sources.data(), world_size_, outputs.data(), world_size_, hi - lo, round.dtype, round.bias,\n"
+        "                     round.bias_length, bias_start + lo},\n"
+        "                    path_);\n",
+    ),
+    Mutant(
+        "the abort record is complete before its fields",
+        "signal/signal_cpu.cpp",
+        "  target.kind = what.kind;\n",
+        "  target.state.store(AbortRecord::kComplete);\n  sched_yield();\n  target.kind = what.kind;\n",
+        "Signal.*",
+    ),
+    Mutant(
+        "an incomplete abort record is read",
+        "signal/signal_cpu.cpp",
+        "while (found.state.load(std::memory_order_acquire) == AbortRecord::kBeingWritten) {",
+        "while (found.state.load(std::memory_order_acquire) == AbortRecord::kEmpty) {",
+        "Signal.*",
+    ),
+    Mutant(
+        "a reader without patience reads an incomplete record",
+        "signal/signal_cpu.cpp",
+        "record().state.compare_exchange_strong(state, AbortRecord::kAbandoned);",
+        "return describe(found);",
+        "Signal.*",
+    ),
+    Mutant(
+        "a rank raises its own sentence, not the record's",
+        "signal/signal_cpu.cpp",
+        "    report(what, rank_);\n    check();\n  }\n}\n\nvoid SignalCpu::arrive",
+        "    report(what, rank_);\n    throw Error(ErrorKind::communication, describe(what));\n  }\n}\n\n"
+        "void SignalCpu::arrive",
+    ),
+    Mutant(
+        "the abort record and bye are looked at before the data",
+        "signal/signal_cpu.cpp",
+        "[&] { return present(peer); }, give_up",
+        "[&] { return !broken() && (left() >> peer & 1) == 0 && present(peer); }, give_up",
+        "Signal.*",
+    ),
+    Mutant(
+        "a late rank ignores the abort record",
+        "signal/signal_cpu.cpp",
+        "  require_healthy();\n  const Call call{++epoch_",
+        "  const Call call{++epoch_",
+        "Signal.*",
+    ),
+    Mutant(
+        "a waiting rank ignores the abort record",
+        "signal/signal_cpu.cpp",
+        "if (broken() || (left() >> peer & 1) != 0) return true;",
+        "if ((left() >> peer & 1) != 0) return true;",
+        "Signal.*",
+    ),
+    Mutant(
+        "a death is not noticed",
+        "signal/signal_cpu.cpp",
+        "  what.pid = static_cast<uint64_t>(pid);\n  report(what, rank_);\n",
+        "  what.pid = static_cast<uint64_t>(pid);\n",
+        "Signal.*",
     ),
 ]
 

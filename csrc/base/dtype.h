@@ -20,7 +20,16 @@ enum class DType : uint8_t {
   boolean = 10,
   complex64 = 11,
   complex128 = 12,
-  other = 13,
+  uint16 = 13,
+  uint32 = 14,
+  uint64 = 15,
+  float8_e4m3fn = 16,
+  float8_e5m2 = 17,
+  float8_e4m3fnuz = 18,
+  float8_e5m2fnuz = 19,
+  float8_e8m0fnu = 20,
+  complex32 = 21,
+  unnamed = 64,  // 64 + PyTorch's number of any other type: ranks that differ are still told apart
 };
 
 enum class ReduceOp : uint8_t { sum = 0, product = 1, min = 2, max = 3, avg = 4 };
@@ -28,10 +37,13 @@ enum class ReduceOp : uint8_t { sum = 0, product = 1, min = 2, max = 3, avg = 4 
 constexpr int kMaxWorldSize = 16;
 
 inline const char* name(DType dtype) {
-  constexpr const char* names[] = {"bytes", "float32", "bfloat16", "float16", "float64",   "int8",       "uint8",
-                                   "int16", "int32",   "int64",    "bool",    "complex64", "complex128", "other dtype"};
+  constexpr const char* names[] = {
+      "bytes",           "float32",         "bfloat16",       "float16",  "float64",       "int8",
+      "uint8",           "int16",           "int32",          "int64",    "bool",          "complex64",
+      "complex128",      "uint16",          "uint32",         "uint64",   "float8_e4m3fn", "float8_e5m2",
+      "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "complex32"};
   const auto index = static_cast<size_t>(dtype);
-  return index < sizeof names / sizeof *names ? names[index] : "unknown dtype";
+  return index < sizeof names / sizeof *names ? names[index] : "a dtype without a name";
 }
 
 inline const char* name(ReduceOp op) {
@@ -43,6 +55,27 @@ inline const char* name(ReduceOp op) {
 // Reductions that the library computes itself: fp32 accumulation, fixed rank order, one rounding.
 inline bool natively_reduced(DType dtype, ReduceOp op) {
   return op == ReduceOp::sum && (dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16);
+}
+
+// Reductions that Gloo does for us on the CPU.
+inline bool reduced_by_gloo(DType dtype, ReduceOp op) {
+  switch (dtype) {
+    case DType::float32:
+    case DType::bfloat16:
+    case DType::float16:
+    case DType::float64:
+    case DType::int8:
+    case DType::uint8:
+    case DType::int32:
+    case DType::int64:
+    case DType::boolean:
+      return true;
+    case DType::complex64:
+    case DType::complex128:
+      return op == ReduceOp::sum || op == ReduceOp::avg;  // there is no order, and its product is not elementwise
+    default:
+      return false;
+  }
 }
 
 inline size_t element_size(DType dtype) {

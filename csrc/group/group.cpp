@@ -114,6 +114,10 @@ Collectives& Group::collectives() {
   return *collectives_;
 }
 
+void Group::close() {
+  if (signal_) signal_->close();
+}
+
 std::string Group::failure() const {
   const std::string sentence = signal_ ? signal_->failure() : "";
   if (!sentence.empty()) return sentence;
@@ -203,6 +207,16 @@ void GroupRegistry::add(std::shared_ptr<Group> group) {
 }
 
 std::shared_ptr<Group> GroupRegistry::find(const std::string& name) const {
+  const std::shared_ptr<Group> group = find_any(name);
+  if (!group->owned_by_this_process()) {
+    fail(ErrorKind::argument, "group '", name,
+         "' belongs to the process that this one was forked from. A child cannot ",
+         "call it: both would write the same words. Make a group in this process");
+  }
+  return group;
+}
+
+std::shared_ptr<Group> GroupRegistry::find_any(const std::string& name) const {
   const std::lock_guard lock(mutex_);
   std::string known;
   for (const auto& group : groups_) {
@@ -214,7 +228,8 @@ std::shared_ptr<Group> GroupRegistry::find(const std::string& name) const {
 }
 
 std::shared_ptr<Group> GroupRegistry::remove(const std::string& name) {
-  const std::shared_ptr<Group> group = find(name);
+  const std::shared_ptr<Group> group = find_any(name);
+  if (group->owned_by_this_process()) group->close();
   const std::lock_guard lock(mutex_);
   groups_.erase(std::remove(groups_.begin(), groups_.end(), group), groups_.end());
   return group;

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "base/process.h"
 #include "collective/choose.h"
 #include "collective/collectives.h"
 #include "group/backend.h"
@@ -75,6 +76,11 @@ class Group {
   std::mutex order;
   Counters counters;
 
+  // This process made it and is no fork of the one that did: a child shares the arena, its calls would corrupt it.
+  bool owned_by_this_process() const { return generation_ == fork_generation(); }
+  // A call of another thread that waits for peers raises: the group is about to be destroyed.
+  void close();
+
   // A block for an op's output, or nullptr when it must be ordinary memory (full, or no arena). Counts it. In strict
   // mode, and for `required`, a full arena raises ErrorKind::out_of_memory instead.
   void* allocate_output(size_t bytes, bool required, Stream stream = nullptr);
@@ -83,6 +89,7 @@ class Group {
   std::string info_json() const;
 
  private:
+  const uint64_t generation_ = fork_generation();
   mutable std::mutex failed_mutex_;
   std::string failed_;  // by the process group
   std::atomic<bool> process_group_failed_{false};
@@ -100,11 +107,15 @@ class GroupRegistry {
  public:
   static GroupRegistry& instance();
   void add(std::shared_ptr<Group> group);
-  std::shared_ptr<Group> find(const std::string& name) const;  // raises, naming the groups that there are
+  // Raises for a name that is none, naming the groups that there are, and for a group of a process that this one was
+  // forked from.
+  std::shared_ptr<Group> find(const std::string& name) const;
   std::shared_ptr<Group> remove(const std::string& name);
   std::vector<std::string> names() const;
 
  private:
+  std::shared_ptr<Group> find_any(const std::string& name) const;
+
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<Group>> groups_;
 };

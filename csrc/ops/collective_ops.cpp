@@ -70,18 +70,26 @@ std::vector<int64_t> with_dim0(const at::Tensor& x, int64_t n) {
   return sizes;
 }
 
-at::Tensor all_gather_by_process_group(Group& group, const Descriptor& descriptor, const at::Tensor& x,
-                                       const std::vector<int64_t>& sizes) {
+// [n, ...] of any dtype as [n, bytes a row]: the process group copies bytes, so its list of dtypes does not matter.
+at::Tensor as_bytes(const at::Tensor& x) {
+  return x.numel() == 0 ? at::empty({x.size(0), 0}, x.options().dtype(at::kByte))
+                        : x.reshape({x.size(0), -1}).view(at::kByte);
+}
+
+// out [sum of sizes, ...] = the ranks' x [sizes[r], ...], padded to the longest on their way.
+void all_gather_by_process_group(Group& group, const Descriptor& descriptor, const at::Tensor& x,
+                                 const std::vector<int64_t>& sizes, const at::Tensor& out) {
+  if (out.numel() == 0) return;
   const int64_t longest = *std::max_element(sizes.begin(), sizes.end());
-  at::Tensor padded = x;
-  if (x.size(0) != longest) {
-    padded = at::zeros(with_dim0(x, longest), x.options());
-    padded.narrow(0, 0, x.size(0)).copy_(x);
-  }
+  const at::Tensor out_bytes = as_bytes(out);
+  at::Tensor padded = at::zeros({longest, out_bytes.size(1)}, out_bytes.options());
+  if (x.numel() != 0) padded.narrow(0, 0, x.size(0)).copy_(as_bytes(x));
   const at::Tensor all = fallback::all_gather_equal(group, descriptor, padded);
-  std::vector<at::Tensor> parts;
-  for (size_t r = 0; r < sizes.size(); r++) parts.push_back(all.narrow(0, static_cast<int64_t>(r) * longest, sizes[r]));
-  return at::cat(parts, 0);
+  int64_t begin = 0;
+  for (size_t r = 0; r < sizes.size(); r++) {
+    out_bytes.narrow(0, begin, sizes[r]).copy_(all.narrow(0, static_cast<int64_t>(r) * longest, sizes[r]));
+    begin += sizes[r];
+  }
 }
 
 }  // namespace
@@ -135,6 +143,7 @@ at::Tensor reduce_scatter(const at::Tensor& x, const std::string& name, int64_t 
     const at::Tensor out = empty_output(*group, with_dim0(rows, mine), x.options());
     Descriptor descriptor = describe(OpCode::reduce_scatter, x);
     descriptor.aux = layout_digest(d, sizes);
+    check_reducible(*group, descriptor);
     {
       const std::lock_guard lock(group->order);
       const Algorithm algorithm = choose_for(*group, &descriptor, rows.nbytes());
@@ -184,7 +193,11 @@ at::Tensor all_gather(const at::Tensor& x, const std::string& name, int64_t dim,
                                         current_stream(*group));
       } else {
         announce(*group, descriptor);
-        out.copy_(world == 1 ? rows : all_gather_by_process_group(*group, descriptor, rows, sizes));
+        if (world == 1) {
+          out.copy_(rows);
+        } else {
+          all_gather_by_process_group(*group, descriptor, rows, sizes, out);
+        }
       }
       count_call(*group, algorithm);
     }
@@ -211,7 +224,9 @@ void broadcast_(at::Tensor& x, int64_t src, const std::string& name) {
                                      current_stream(*group));
     } else {
       announce(*group, descriptor);
-      if (group->world_size() > 1) fallback::broadcast_(*group, descriptor, dense, src);
+      if (group->world_size() > 1 && dense.numel() != 0) {
+        fallback::broadcast_(*group, descriptor, dense.view({-1}).view(at::kByte), src);
+      }
     }
     count_call(*group, algorithm);
     if (!dense.is_same(x) && src != group->rank()) x.copy_(dense);

@@ -45,8 +45,26 @@ DType to_dtype(at::ScalarType type) {
       return DType::complex64;
     case at::kComplexDouble:
       return DType::complex128;
+    case at::kUInt16:
+      return DType::uint16;
+    case at::kUInt32:
+      return DType::uint32;
+    case at::kUInt64:
+      return DType::uint64;
+    case at::kFloat8_e4m3fn:
+      return DType::float8_e4m3fn;
+    case at::kFloat8_e5m2:
+      return DType::float8_e5m2;
+    case at::kFloat8_e4m3fnuz:
+      return DType::float8_e4m3fnuz;
+    case at::kFloat8_e5m2fnuz:
+      return DType::float8_e5m2fnuz;
+    case at::kFloat8_e8m0fnu:
+      return DType::float8_e8m0fnu;
+    case at::kComplexHalf:
+      return DType::complex32;
     default:
-      return DType::other;
+      return static_cast<DType>(static_cast<int>(DType::unnamed) + static_cast<int>(type));
   }
 }
 
@@ -85,6 +103,14 @@ void announce(Group& group, Descriptor descriptor) {
   if (group.symmetric()) group.collectives().announce(descriptor, current_stream(group));
 }
 
+void check_reducible(const Group& group, const Descriptor& descriptor) {
+  if (group.config().device != "cpu" || group.world_size() == 1) return;
+  if (reduced_by_gloo(descriptor.dtype, descriptor.reduce_op())) return;
+  fail(ErrorKind::argument, name(descriptor.op), " in group '", group.config().name,
+       "': ", name(descriptor.reduce_op()), " of ", name(descriptor.dtype),
+       " is neither native nor done by Gloo. Convert the tensor, to float32 or int64 say");
+}
+
 void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const at::Tensor& out,
                  const at::Tensor& bias) {
   if (bias.defined()) descriptor.flags |= Descriptor::kHasBias;
@@ -95,6 +121,7 @@ void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const
   if (mean && !at::isFloatingType(x.scalar_type()) && !at::isComplexType(x.scalar_type())) {
     fail(ErrorKind::argument, name(descriptor.op), ": avg of ", x.scalar_type(), ", expected a floating dtype");
   }
+  check_reducible(group, descriptor);
   const bool native = natively_reduced(descriptor.dtype, reduction);
   const std::lock_guard lock(group.order);
   const Algorithm algorithm = choose_for(group, &descriptor, x.nbytes());

@@ -46,6 +46,9 @@ std::shared_ptr<Group> group_for(const at::Tensor& x, const std::string& name, c
 void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const at::Tensor& out,
                  const at::Tensor& bias = {});
 
+// Raises for a reduction that nobody does, before anything is sent.
+void check_reducible(const Group& group, const Descriptor& descriptor);
+
 // Sends the descriptor first, so that a disagreement is found although the process group does the work.
 void announce(Group& group, Descriptor descriptor);
 Algorithm choose_for(const Group& group, Descriptor* descriptor, size_t bytes);

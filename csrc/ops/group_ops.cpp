@@ -41,6 +41,7 @@ std::string group_listen(const std::string& name, const std::string& device, int
     auto group = std::make_shared<Group>(config);
     GroupRegistry::instance().add(group);
     if (device == "cpu") install_cpu_allocator();
+    install_interrupt_hook();
     return group->address();
   });
 }

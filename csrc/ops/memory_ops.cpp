@@ -1,6 +1,8 @@
 // Symmetric memory for tensors: `empty`, use_symmetric_memory on the CPU, peers' views.
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
+
 #include "ops/common.h"
 #include "ops/ops.h"
 
@@ -78,13 +80,17 @@ void enter_symmetric_memory(const std::string& name) {
 
 void exit_symmetric_memory(const std::string& name) {
   guarded([&] {
-    if (scopes.empty() || scopes.back()->config().name != name) {
-      fail(ErrorKind::argument, "use_symmetric_memory: left '", name, "', but this thread is inside ",
-           scopes.empty() ? std::string("none") : "'" + scopes.back()->config().name + "'",
+    const auto found =
+        std::find_if(scopes.rbegin(), scopes.rend(), [&](const auto& group) { return group->config().name == name; });
+    const bool innermost = found == scopes.rbegin() && found != scopes.rend();
+    const std::string inside = scopes.empty() ? "none" : "'" + scopes.back()->config().name + "'";
+    // Whatever the order, what was left is left: no thread stays inside for good.
+    if (found != scopes.rend()) scopes.erase(std::next(found).base());
+    set_current();
+    if (!innermost) {
+      fail(ErrorKind::argument, "use_symmetric_memory: left '", name, "', but this thread is inside ", inside,
            ". Enter and leave it in one thread, innermost first");
     }
-    scopes.pop_back();
-    set_current();
   });
 }
 
@@ -100,6 +106,7 @@ at::Tensor empty(at::SymIntArrayRef size, const std::string& name, at::ScalarTyp
       fail(ErrorKind::argument, "empty: group '", name,
            "' has communicator 'process_group', hence no symmetric memory");
     }
+    if (c10::isQIntType(dtype)) fail(ErrorKind::argument, "empty: expected a plain dtype, got ", dtype);
     const auto options = at::TensorOptions().dtype(dtype).device(device);
     const size_t bytes = checked_bytes(sizes, options.dtype().itemsize(), "empty");
     return wrap_block(group->allocate_output(bytes, /*required=*/true, current_stream(*group)), bytes, sizes, options);
@@ -122,6 +129,9 @@ std::vector<int64_t> rendezvous(const at::Tensor& x, const std::string& name) {
     const auto offset = group->arena()->offset_of(x.const_data_ptr(), x.nbytes());
     Descriptor descriptor;
     descriptor.op = OpCode::rendezvous;
+    descriptor.dtype = to_dtype(x.scalar_type());
+    descriptor.count =
+        static_cast<uint64_t>(x.numel());  // equal on all ranks: so a rank knows how far peers' views reach
     const std::lock_guard lock(group->order);
     const auto offsets = collectives.exchange(descriptor, offset.value_or(kNoOffset));
     count_call(*group, Algorithm::one_shot);
@@ -145,6 +155,7 @@ at::Tensor peer_view(const std::string& name, int64_t peer, int64_t offset, at::
     if (peer < 0 || peer >= group->world_size()) {
       fail(ErrorKind::argument, "rank ", peer, " in group '", name, "' of ", group->world_size(), " ranks");
     }
+    if (c10::isQIntType(dtype)) fail(ErrorKind::argument, "a peer's view: expected a plain dtype, got ", dtype);
     const auto options = at::TensorOptions().dtype(dtype).device(at::Device(group->config().device));
     const auto bytes = static_cast<int64_t>(checked_bytes(size, options.dtype().itemsize(), "peer view"));
     const int64_t arena_bytes = static_cast<int64_t>(group->arena()->bytes());

@@ -47,6 +47,9 @@ at::Tensor peer_view(const std::string& group, int64_t peer, int64_t offset, at:
 // Makes PyTorch's CPU allocator one that can serve from an arena; once, when the first CPU group is made.
 void install_cpu_allocator();
 
+// interrupt.cpp: Ctrl-C ends an op that waits.
+void install_interrupt_hook();
+
 // group_ops.cpp
 std::string group_listen(const std::string& name, const std::string& device, int64_t rank, int64_t world_size,
                          int64_t arena_bytes, const std::string& process_group,

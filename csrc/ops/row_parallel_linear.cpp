@@ -1,4 +1,6 @@
 // y = sum over ranks of x_r @ w_r^T (+ bias): the reference, the CPU version, and the compositions with a norm.
+#include <ATen/MemoryOverlap.h>
+
 #include "ops/common.h"
 #include "ops/ops.h"
 
@@ -69,12 +71,14 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& sum, const at:
 }
 
 void check_norm(const at::Tensor& residual, const at::Tensor& norm_weight, at::IntArrayRef expected,
-                at::ScalarType dtype, const char* op) {
+                at::ScalarType dtype, at::Device device, const char* op) {
   if (residual.sizes() != expected || norm_weight.dim() != 1 || expected.empty() ||
-      norm_weight.size(0) != expected.back() || residual.scalar_type() != dtype || norm_weight.scalar_type() != dtype) {
+      norm_weight.size(0) != expected.back() || residual.scalar_type() != dtype || norm_weight.scalar_type() != dtype ||
+      residual.device() != device || norm_weight.device() != device || !at::isFloatingType(dtype)) {
     fail(ErrorKind::argument, op, ": expected residual ", expected, " and norm weight [",
-         expected.empty() ? 0 : expected.back(), "] of ", dtype, ", got ", residual.sizes(), " of ",
-         residual.scalar_type(), " and ", norm_weight.sizes(), " of ", norm_weight.scalar_type());
+         expected.empty() ? 0 : expected.back(), "] of ", dtype, " (a floating dtype) on ", device.str(), ", got ",
+         residual.sizes(), " of ", residual.scalar_type(), " on ", residual.device().str(), " and ",
+         norm_weight.sizes(), " of ", norm_weight.scalar_type(), " on ", norm_weight.device().str());
   }
 }
 
@@ -103,6 +107,12 @@ void row_parallel_linear_out(const at::Tensor& x, const at::Tensor& weight, cons
            " of ", x.scalar_type(), " on ", x.device().str(), ", got ", out.sizes(), " of ", out.scalar_type(), " on ",
            out.device().str(), out.is_contiguous() ? "" : ", not contiguous");
     }
+    for (const at::Tensor& other : {x, weight, defined_bias(bias)}) {
+      if (other.defined() && at::get_overlap_status(out, other) != at::MemOverlapStatus::No) {
+        fail(ErrorKind::argument, "row_parallel_linear_out: out shares memory with x, weight or bias, which it would ",
+             "overwrite while they are read. Expected an out of its own");
+      }
+    }
     auto group = group_for(x, name, "row_parallel_linear_out");
     linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out);
   });
@@ -128,13 +138,14 @@ std::tuple<at::Tensor, at::Tensor> all_reduce_add_rms_norm(const at::Tensor& x, 
                                                            const std::string& name) {
   return guarded([&] {
     at::AutoDispatchBelowAutograd below;
-    check_norm(residual, weight, x.sizes(), x.scalar_type(), "all_reduce_add_rms_norm");
+    check_norm(residual, weight, x.sizes(), x.scalar_type(), x.device(), "all_reduce_add_rms_norm");
     auto group = group_for(x, name, "all_reduce_add_rms_norm");
     Descriptor descriptor;
     descriptor.op = OpCode::all_reduce_add_rms_norm;
     descriptor.dtype = to_dtype(x.scalar_type());
     descriptor.flags = Descriptor::kResidual;
     descriptor.count = static_cast<uint64_t>(x.numel());
+    descriptor.aux = static_cast<uint32_t>(x.size(-1));
     const at::Tensor sum = empty_output(*group, x.sizes(), x.options());
     reduce_into(*group, descriptor, x.contiguous(), sum);
     return add_rms_norm(sum, residual, weight, eps);
@@ -150,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(const at::Te
     at::AutoDispatchBelowAutograd below;
     const char* op = "row_parallel_linear_add_rms_norm";
     const Shapes shapes = checked_shapes(x, weight, bias, op);
-    check_norm(residual, norm_weight, shapes.output, x.scalar_type(), op);
+    check_norm(residual, norm_weight, shapes.output, x.scalar_type(), x.device(), op);
     auto group = group_for(x, name, op);
     const at::Tensor sum = empty_output(*group, shapes.output, x.options());
     linear_into(*group, OpCode::row_parallel_linear_add_rms_norm, x, weight, bias, shapes, sum);

@@ -30,8 +30,11 @@ std::string to_string(const Descriptor& d) {
   switch (d.op) {
     case OpCode::none:
     case OpCode::barrier:
-    case OpCode::rendezvous:
       return cat(op, "()");
+    case OpCode::rendezvous:
+      return cat(op, "(", name(d.dtype), ", ", d.count, " elements)");
+    case OpCode::all_reduce_add_rms_norm:
+      return cat(op, "(", name(d.dtype), ", ", d.count, " elements in rows of ", d.aux, ")");
     case OpCode::broadcast:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements, src ", d.aux, ")");
     case OpCode::all_gather:

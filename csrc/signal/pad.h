@@ -36,7 +36,15 @@ struct alignas(128) PadEntry {  // all that one peer writes; 128: x86 fetches ca
   alignas(64) std::atomic<uint64_t> done;
 };
 
-enum class AbortKind : uint32_t { none = 0, missing = 1, died = 2, left = 3, disagree = 4, damaged = 5 };
+enum class AbortKind : uint32_t {
+  none = 0,
+  missing = 1,
+  died = 2,
+  left = 3,
+  disagree = 4,
+  damaged = 5,
+  interrupted = 6
+};
 
 struct alignas(64) AbortRecord {
   // Abandoned: its writer stopped in the middle (a SIGSTOP, say), and a reader lost patience.

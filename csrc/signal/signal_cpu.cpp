@@ -3,10 +3,13 @@
 #include <sched.h>
 
 #include "base/error.h"
+#include "base/process.h"
 
 namespace sglang_symm {
 
 namespace {
+
+constexpr int64_t kAskInterruptNs = 100'000'000;
 
 int usable_cores() {
   cpu_set_t set;
@@ -57,16 +60,29 @@ template <class Present>
 void SignalCpu::await(const Call& call, const Present& present) {
   for (int step = 1; step < world_size_; step++) {
     const int peer = (rank_ + step) % world_size_;
+    bool stop = false;
     const double seconds = call.epoch == 1 ? deadlines_.first_seconds : deadlines_.seconds;
     const auto give_up = [&] {
-      if (broken() || (left() >> peer & 1) != 0) return true;
-      if (end_ns_ == 0) end_ns_ = now_ns() + static_cast<int64_t>(seconds * 1e9);
-      return now_ns() >= end_ns_;
+      if (broken() || (left() >> peer & 1) != 0 || closing_.load(std::memory_order_acquire)) return true;
+      const int64_t now = now_ns();
+      if (end_ns_ == 0) {
+        end_ns_ = now + static_cast<int64_t>(seconds * 1e9);
+        ask_ns_ = now + kAskInterruptNs;
+      }
+      if (now >= ask_ns_) {  // seldom: asking takes the interpreter's lock
+        ask_ns_ = now + kAskInterruptNs;
+        stop = interrupted();
+      }
+      return stop || now >= end_ns_;
     };
     if (wait_until(
             policy_, [&] { return present(peer); }, give_up))
       continue;
 
+    if (closing_.load(std::memory_order_acquire)) {
+      fail(ErrorKind::communication, "group '", group_, "' was destroyed by another thread of rank ", rank_,
+           " while it waited for rank ", peer, " in call ", call.epoch, ", ", to_string(call.descriptor));
+    }
     AbortRecord what{};
     what.kind = (left() >> peer & 1) != 0 ? AbortKind::left : AbortKind::missing;
     for (int r = 0; r < world_size_; r++) {
@@ -77,6 +93,7 @@ void SignalCpu::await(const Call& call, const Present& present) {
       step--;
       continue;
     }
+    if (stop) what.kind = AbortKind::interrupted;
     what.epoch = call.epoch;
     what.seconds = seconds;
     what.expected = call.descriptor;
@@ -210,6 +227,9 @@ std::string SignalCpu::describe(const AbortRecord& found) const {
     case AbortKind::left:
       return cat(head, "rank(s) ", who, " left: destroyed the group or exited before call ", found.epoch, ", ",
                  to_string(found.expected), ", in which rank ", found.reporter, " waits for them", tail);
+    case AbortKind::interrupted:
+      return cat(head, "rank ", found.reporter, " was interrupted (Ctrl-C) while it waited for rank(s) ", who,
+                 " in call ", found.epoch, ", ", to_string(found.expected), tail);
     case AbortKind::damaged:
       return cat(head, "rank ", who, " sent an offset outside of its arena in call ", found.epoch, ", ",
                  to_string(found.expected), ": its memory or the group's was overwritten", tail);

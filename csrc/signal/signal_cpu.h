@@ -63,6 +63,8 @@ class SignalCpu {
   void require_healthy() const {
     if (broken()) check();
   }
+  // The group is being destroyed by another thread of this rank: a call that waits raises.
+  void close() { closing_.store(true, std::memory_order_release); }
   // A header of this call cannot be true: breaks the group and raises.
   [[noreturn]] void damaged(const Call& call, int peer) const;
   uint64_t epoch() const { return epoch_; }
@@ -85,7 +87,9 @@ class SignalCpu {
   std::unique_ptr<SegmentCpu> own_;
   std::array<std::unique_ptr<SegmentCpu>, kMaxWorldSize> peers_;
   std::array<Pad*, kMaxWorldSize> pads_{};
+  std::atomic<bool> closing_{false};
   uint64_t epoch_ = 0;
+  int64_t ask_ns_ = 0;  // when to ask next whether the user interrupts
   int64_t end_ns_ = 0;  // of the current call's waits together; 0 before the first that no longer spins
 };
 

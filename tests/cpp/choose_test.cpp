@@ -31,7 +31,7 @@ TEST(Choose, FollowsTheTable) {
       {all_reduce, DType::int64, ReduceOp::sum, 8, 2, Algorithm::process_group},
       {row_parallel_linear, DType::float16, ReduceOp::sum, 1 << 20, 3, Algorithm::two_shot_direct},
       {all_gather, DType::int64, ReduceOp::sum, 64 * K, 8, Algorithm::one_shot},
-      {all_gather, DType::other, ReduceOp::sum, 64 * K + 1, 8, Algorithm::two_shot_direct},
+      {all_gather, DType::unnamed, ReduceOp::sum, 64 * K + 1, 8, Algorithm::two_shot_direct},
       {broadcast, DType::boolean, ReduceOp::sum, 1, 2, Algorithm::one_shot},
       {reduce_scatter, DType::int32, ReduceOp::sum, 4, 2, Algorithm::process_group},
       {barrier, DType::bytes, ReduceOp::sum, 0, 2, Algorithm::one_shot},

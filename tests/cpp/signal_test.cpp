@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/process.h"
 
 namespace sglang_symm {
 namespace {
@@ -84,6 +85,29 @@ TEST(Signal, EveryRankSaysWhatTheFirstReportSays) {
   }
 }
 
+TEST(Signal, AnInterruptedWaitIsToldToAll) {
+  Three ranks(5);
+  const Call call = ranks[0].start(reduce(1), 0, 0);
+  set_interrupt_hook([] { return true; });
+  EXPECT_THROW(ranks[0].arrive(call), Error);
+  set_interrupt_hook(nullptr);
+  EXPECT_NE(ranks[2].failure().find("rank 0 was interrupted"), std::string::npos) << ranks[2].failure();
+}
+
+TEST(Signal, ClosingWakesACallThatWaits) {
+  Three ranks(20);
+  const Call call = ranks[0].start(reduce(1), 0, 0);
+  std::thread closer([&] {
+    timespec nap{0, 50'000'000};
+    nanosleep(&nap, nullptr);
+    ranks[0].close();
+  });
+  const int64_t start = now_ns();
+  EXPECT_THROW(ranks[0].arrive(call), Error);
+  EXPECT_LT(now_ns() - start, int64_t{5} * 1'000'000'000);
+  closer.join();
+}
+
 TEST(Signal, ARecordWhoseWriterStoppedIsReadByNobody) {
   Three ranks(5);
   auto* record = const_cast<AbortRecord*>(ranks[0].abort_record());
@@ -107,6 +131,67 @@ TEST(Signal, ADepartedRankIsNamedOnlyByAWaiter) {
     FAIL();
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find("rank(s) 2 left"), std::string::npos) << error.what();
+  }
+}
+
+// A call whose header says everything but how its data moves.
+std::vector<Descriptor> calls_of_every_kind() {
+  std::vector<Descriptor> calls{reduce(7), reduce(0)};
+  for (uint32_t root = 0; root < 3; root++) {
+    calls.push_back(reduce(7));
+    calls.back().op = OpCode::broadcast;
+    calls.back().aux = root;
+  }
+  return calls;
+}
+
+TEST(Signal, EveryCallSendsAHeaderToAllAndEndsOnlyWithAllHeaders) {
+  for (const Descriptor& descriptor : calls_of_every_kind()) {
+    Three ranks(0.1);
+    std::vector<Call> calls;
+    for (size_t r = 0; r < 3; r++) calls.push_back(ranks[r].start(descriptor, 0, 0));
+    for (size_t r = 0; r < 3; r++) EXPECT_NO_THROW(ranks[r].arrive(calls[r])) << to_string(descriptor);
+    for (size_t r = 0; r < 2; r++) calls[r] = ranks[r].start(descriptor, 0, 0);
+    for (size_t r = 0; r < 2; r++) EXPECT_THROW(ranks[r].arrive(calls[r]), Error) << to_string(descriptor);
+  }
+}
+
+TEST(Signal, AHeaderThatArrivedCountsAlthoughItsSenderHasGone) {
+  Three ranks(5);
+  std::vector<Call> calls;
+  for (size_t r = 0; r < 3; r++) calls.push_back(ranks[r].start(reduce(7), 0, 0));
+  ranks[0].on_peer(1, 11, PeerEvent::left);
+  ranks[0].on_peer(2, 12, PeerEvent::died);
+  EXPECT_NO_THROW(ranks[0].arrive(calls[0]));
+}
+
+TEST(Signal, ALateRankOfABrokenGroupSendsNothing) {
+  Three ranks(5);
+  ranks[0].on_peer(1, 11, PeerEvent::died);
+  EXPECT_THROW(ranks[2].start(reduce(7), 0, 0), Error);
+  EXPECT_EQ(ranks[0].own_pad()->from[2].header[1].epoch.load(), 0u);
+}
+
+TEST(Signal, AWaitingRankRaisesFromTheRecordLongBeforeItsDeadline) {
+  Three ranks(3);
+  const Call call = ranks[0].start(reduce(7), 0, 0);
+  ranks[2].on_peer(1, 11, PeerEvent::died);
+  const int64_t start = now_ns();
+  EXPECT_THROW(ranks[0].arrive(call), Error);
+  EXPECT_LT(now_ns() - start, int64_t{2} * 1'000'000'000);
+}
+
+TEST(Signal, AReaderNeverSeesHalfARecord) {
+  for (int i = 0; i < 300; i++) {
+    Three ranks(5);
+    std::string seen;
+    std::thread reader([&] {
+      while ((seen = ranks[1].failure()).empty()) {
+      }
+    });
+    ranks[2].on_peer(0, 11, PeerEvent::died);
+    reader.join();
+    ASSERT_EQ(seen, ranks[2].failure()) << "repetition " << i;
   }
 }
 
