@@ -270,8 +270,8 @@ MUTANTS = [
     Mutant(
         "a waiting rank ignores the abort record",
         "signal/signal_cpu.cpp",
-        "if (broken() || (left() >> peer & 1) != 0) return true;",
-        "if ((left() >> peer & 1) != 0) return true;",
+        "if (broken() || (left() >> peer & 1) != 0 || closing_",
+        "if ((left() >> peer & 1) != 0 || closing_",
         "Signal.*",
     ),
     Mutant(
