@@ -537,7 +537,7 @@ def main(argv: list[str] | None = None) -> int:
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
     gc.collect()
     gc.freeze()  # what torch made stays shared with all forks, and their collections pass it by
-    objects, begin = shared_objects(), time.monotonic()
+    objects, revision, begin = shared_objects(), commit(), time.monotonic()
     numbers = [args.trial] if args.trial is not None else list(range(args.n))
     directors = min(args.directors, len(numbers))
     pids: list[int] = []
@@ -587,7 +587,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         report = {
             "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
+            "commit": revision,
             "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
             "machine": machine(),
             "wall_seconds": round(wall, 1),

@@ -205,9 +205,11 @@ def main() -> int:
         Soak(args).run()
         return 0
     sys.path.insert(0, str(ROOT))
+    from harness import commit, machine
+
     from sglang_symm.distributed.launch import run_ranks
 
-    begin = time.monotonic()
+    revision, begin = commit(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
         code = run_ranks(2, command, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=args.limit + 120)
@@ -227,11 +229,9 @@ def main() -> int:
         if bad
     ]
     if args.json:
-        from harness import commit, machine
-
         report = {
             "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
+            "commit": revision,
             "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
             "machine": machine(),
             "wall_seconds": round(time.monotonic() - begin, 1),
