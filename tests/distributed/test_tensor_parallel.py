@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import SETTINGS
 from torch import Tensor, nn
@@ -130,7 +131,9 @@ def test_a_dtensor_comes_in_by_its_own_layout(mesh: DeviceMesh) -> None:
     ours.down.group.destroy()  # type: ignore[operator, union-attr]
 
 
-def test_the_layers_of_a_mesh_share_one_group(mesh: DeviceMesh, size: int) -> None:
+def test_the_layers_of_a_mesh_share_one_group(size: int) -> None:
+    # A process group of its own: over the world's there may be groups already, which the layers would take.
+    mesh = DeviceMesh.from_group(dist.new_group(list(range(size))), "cpu", mesh_dim_names=("tp",))
     model = nn.Sequential(MLP(), MLP())
     plan = {"*.up": ColwiseParallel(), "*.down": SymmRowwiseParallel()}
     parallelize_module(model, mesh, plan)
@@ -146,9 +149,11 @@ def test_the_layers_of_a_mesh_share_one_group(mesh: DeviceMesh, size: int) -> No
     assert state["0.down.weight"].placements == (Shard(1),)
     assert state["0.down.weight"].shape == (12, 24)
     group.destroy()
-    again = parallelize_module(MLP().down, mesh, SymmRowwiseParallel(input_layouts=Replicate()))
-    assert again.group is not group
-    again.group.destroy()
+    mine = Group.from_mesh(mesh, **SETTINGS)
+    later = parallelize_module(MLP().down, mesh, SymmRowwiseParallel(input_layouts=Replicate()))
+    assert later.group is mine
+    mine.destroy()
+    dist.destroy_process_group(mesh.get_group())
 
 
 def test_it_compiles_without_a_graph_break(mesh: DeviceMesh) -> None:
