@@ -240,8 +240,12 @@ void Watcher::run() {
       if (polled[p].revents == 0 || gone[i]) continue;
       // Whichever descriptor woke us: a `bye` that is already in the socket makes it a clean exit.
       char word[sizeof kBye];
-      const ssize_t got = recv(watched_[i].socket.get(), word, sizeof word, MSG_DONTWAIT);
-      if (got < 0 && (errno == EAGAIN || errno == EINTR) && polled[p].fd == watched_[i].socket.get()) continue;
+      ssize_t got = 0;
+      // A peer that closed with a word of ours unread resets the connection: that error comes before its `bye`, once.
+      do {
+        got = recv(watched_[i].socket.get(), word, sizeof word, MSG_DONTWAIT);
+      } while (got < 0 && (errno == ECONNRESET || errno == EINTR));
+      if (got < 0 && errno == EAGAIN && polled[p].fd == watched_[i].socket.get()) continue;
       const bool bye = got == sizeof kBye && std::memcmp(word, kBye, sizeof kBye) == 0;
       gone[i] = true;
       callback_(watched_[i].rank, watched_[i].pid, bye ? PeerEvent::left : PeerEvent::died);

@@ -2,6 +2,8 @@
 #include <sys/socket.h>
 #include <sys/wait.h>
 
+#include <atomic>
+#include <barrier>
 #include <csignal>
 #include <cstring>
 #include <random>
@@ -145,6 +147,50 @@ TEST(Rendezvous, AProcessOfAnotherUserIsNoMemberEvenIfItKnowsTheToken) {
   waitpid(child, nullptr, 0);
   close(done[0]);
   close(done[1]);
+}
+
+TEST(Watcher, PeersThatLeaveAtTheSameMomentAreNoDeaths) {
+  for (int i = 0; i < testing::repetitions(300); i++) {
+    int pair[2];
+    ASSERT_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair), 0);
+    std::atomic<int> deaths{0};
+    std::barrier together(2);
+    std::vector<std::thread> ranks;
+    for (int r = 0; r < 2; r++) {
+      ranks.emplace_back([&, r] {
+        std::vector<Peer> peers;
+        peers.push_back(Peer{1 - r, getpid(), Fd(pair[r]), {}});
+        auto watcher = std::make_unique<Watcher>(
+            std::move(peers), [&](int, pid_t, PeerEvent event) { deaths += event == PeerEvent::died; });
+        together.arrive_and_wait();
+        watcher.reset();
+      });
+    }
+    for (std::thread& rank : ranks) rank.join();
+    ASSERT_EQ(deaths.load(), 0) << "repetition " << i;
+  }
+}
+
+TEST(Watcher, AByeBehindAResetConnectionIsStillAGoodbye) {
+  int pair[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair), 0);
+  Fd peer(pair[1]);
+  ASSERT_EQ(send(pair[0], "bye.....", 8, 0), 8);  // unread by the peer when it closes: its close resets us
+  ASSERT_EQ(send(peer.get(), "bye.....", 8, 0), 8);
+  peer.reset();
+  std::atomic<int> events{0}, left{0};
+  {
+    std::vector<Peer> peers;
+    peers.push_back(Peer{1, getpid(), Fd(pair[0]), {}});
+    Watcher watcher(std::move(peers), [&](int, pid_t, PeerEvent event) {
+      left += event == PeerEvent::left;
+      events++;
+    });
+    const Deadline patience(5);
+    while (events.load() == 0 && !patience.passed()) std::this_thread::yield();
+  }
+  EXPECT_EQ(events.load(), 1);
+  EXPECT_EQ(left.load(), 1);
 }
 
 TEST(Rendezvous, AForgerWithoutTheTokenIsNoMember) {
