@@ -217,13 +217,8 @@ MUTANTS = [
     Mutant(
         "done is sent before the share is written",
         "collective/collectives_cpu.cpp",
-        "  sum_in_rank_order({sources.data(), world_size_, outputs.data(), world_size_, hi - lo, round.dtype, round.bias,\n"
-        "                     round.bias_length, bias_start + lo},\n"
-        "                    path_);\n  signal_.finish(call);\n",
-        "  signal_.finish(call);\n"
-        "  sum_in_rank_order({sources.data(), world_size_, outputs.data(), world_size_, hi - lo, round.dtype, round.bias,\n"
-        "                     round.bias_length, bias_start + lo},\n"
-        "                    path_);\n",
+        "  sum_in_rank_order({sources.data(), world_size_, outputs.data(),",
+        "  signal_.finish(call);\n  sched_yield();\n  sum_in_rank_order({sources.data(), world_size_, outputs.data(),",
     ),
     Mutant(
         "the abort record is complete before its fields",
@@ -242,8 +237,8 @@ MUTANTS = [
     Mutant(
         "a reader without patience reads an incomplete record",
         "signal/signal_cpu.cpp",
-        "record().state.compare_exchange_strong(state, AbortRecord::kAbandoned);",
-        "return describe(found);",
+        "if (patience.passed()) record().state.compare_exchange_strong(state, AbortRecord::kAbandoned);",
+        "if (patience.passed() && state == AbortRecord::kBeingWritten) return describe(found);",
         "Signal.*",
     ),
     Mutant(
@@ -278,7 +273,7 @@ MUTANTS = [
         "a death is not noticed",
         "signal/signal_cpu.cpp",
         "  what.pid = static_cast<uint64_t>(pid);\n  report(what, rank_);\n",
-        "  what.pid = static_cast<uint64_t>(pid);\n",
+        "  what.pid = static_cast<uint64_t>(pid);\n  (void)what;\n",
         "Signal.*",
     ),
 ]
