@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "tests"
 # Every test over ranks runs with these; those marked world_size(1), (6) or (8) with these too.
 RANKS, MARKED_RANKS = (2, 3, 4), (1, 6, 8)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 NO_GTEST = """\
 The C++ unit tests were left out: GoogleTest was not found.
 To run them: apt-get install -y libgtest-dev (Debian, Ubuntu), then make test again."""
@@ -119,24 +120,46 @@ def pytest_part(name: str, *args: str) -> Part:
 
 
 def ranks_part(ranks: int) -> Part:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     chosen = ["-m", "world_size"] if ranks in MARKED_RANKS else []
     part = pytest_part(f"ranks{ranks}", "tests/distributed", *chosen)
-    part.command = [*torchrun, *part.command[1:]]
+    part.command = [*TORCHRUN, f"--nproc-per-node={ranks}", *part.command[1:]]
     part.ranks = ranks
     part.env = {"OMP_NUM_THREADS": "1"}  # ranks share the cores
     return part
 
 
+def gpu_parts() -> list[Part]:
+    """Ranks on the GPUs of this machine; with one GPU, two and four ranks that share it (tools/mps_rig.py)."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        raise SystemExit("run_tests: --device cuda, but torch sees no GPU here (nvidia-smi tells why)")
+    if gpus > 1:
+        print(f"ranks on {gpus} GPUs", flush=True)
+        part = pytest_part(f"gpus{gpus}", "tests/gpu")
+        part.command = [*TORCHRUN, f"--nproc-per-node={gpus}", *part.command[1:]]
+        part.ranks = gpus
+        return [part]
+    print("one GPU: ranks share it through MPS (tools/mps_rig.py)", flush=True)
+    parts = []
+    for ranks in (2, 4):
+        part = pytest_part(f"rig{ranks}", "tests/gpu/test_collectives.py")
+        part.command = [sys.executable, "tools/mps_rig.py", "--ranks", str(ranks), "--", *part.command[1:]]
+        part.ranks = ranks
+        parts.append(part)
+    return parts
+
+
 def all_parts(device: str) -> list[Part]:
-    single = ["tests", "--ignore=tests/distributed", "--ignore=tests/faults"]
+    if device == "cuda":
+        return gpu_parts()
+    single = ["tests", "--ignore=tests/distributed", "--ignore=tests/faults", "--ignore=tests/gpu"]
     parts = [cpp_part(), pytest_part("single", *single)]
     if (ROOT / "tests" / "distributed").is_dir():
         parts += [ranks_part(ranks) for ranks in (*RANKS, *MARKED_RANKS)]
     if (ROOT / "tests" / "faults").is_dir():
         parts.append(pytest_part("faults", "tests/faults"))
-    for part in parts:
-        part.env["SGLANG_SYMM_TEST_DEVICE"] = device
     return parts
 
 
