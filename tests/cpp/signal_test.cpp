@@ -148,11 +148,19 @@ std::vector<Descriptor> calls_of_every_kind() {
 TEST(Signal, EveryCallSendsAHeaderToAllAndEndsOnlyWithAllHeaders) {
   for (const Descriptor& descriptor : calls_of_every_kind()) {
     Three ranks(0.1);
-    std::vector<Call> calls;
-    for (size_t r = 0; r < 3; r++) calls.push_back(ranks[r].start(descriptor, 0, 0));
-    for (size_t r = 0; r < 3; r++) EXPECT_NO_THROW(ranks[r].arrive(calls[r])) << to_string(descriptor);
-    for (size_t r = 0; r < 2; r++) calls[r] = ranks[r].start(descriptor, 0, 0);
-    for (size_t r = 0; r < 2; r++) EXPECT_THROW(ranks[r].arrive(calls[r]), Error) << to_string(descriptor);
+    for (int call = 0; call < 3; call++) {
+      const size_t present = call < 2 ? 3 : 2;  // the last time rank 2 is missing, its old header of this parity is not
+      std::vector<Call> calls;
+      for (size_t r = 0; r < present; r++) calls.push_back(ranks[r].start(descriptor, 0, 0));
+      for (size_t r = 0; r < present; r++) {
+        if (present == 3) {
+          EXPECT_NO_THROW(ranks[r].arrive(calls[r])) << to_string(descriptor);
+        } else {
+          EXPECT_THROW(ranks[r].arrive(calls[r]), Error) << to_string(descriptor);
+        }
+      }
+      EXPECT_EQ(ranks[0].failure().find("rank(s) 2 did not arrive") != std::string::npos, present == 2);
+    }
   }
 }
 
@@ -186,11 +194,13 @@ TEST(Signal, AReaderNeverSeesHalfARecord) {
     Three ranks(5);
     std::string seen;
     std::thread reader([&] {
-      while ((seen = ranks[1].failure()).empty()) {
+      const Deadline patience(5);
+      while ((seen = ranks[1].failure()).empty() && !patience.passed()) {
       }
     });
     ranks[2].on_peer(0, 11, PeerEvent::died);
     reader.join();
+    ASSERT_NE(seen, "") << "repetition " << i;
     ASSERT_EQ(seen, ranks[2].failure()) << "repetition " << i;
   }
 }
