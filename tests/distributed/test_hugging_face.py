@@ -84,6 +84,11 @@ def test_its_relatives_do_too(model_type: str) -> None:
     check(model_type, head_dim=heads["hidden_size"] // heads["num_attention_heads"])
 
 
+@pytest.mark.world_size(2, 3)
+def test_so_does_one_whose_head_is_its_embedding() -> None:
+    check(tie_word_embeddings=True)
+
+
 @pytest.mark.world_size(4)
 def test_ranks_share_key_value_heads_where_there_are_too_few() -> None:
     check(**FEW_KV_HEADS)
