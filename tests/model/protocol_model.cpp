@@ -1,6 +1,6 @@
 // The protocol of docs/protocol.md as a machine of shared words, and a search through every order of its ranks' steps.
 //
-//   protocol_model --ranks 3 --calls two_shot,one_shot,zero --fault death [--mutant NAME] [--full]
+//   protocol_model --ranks 3 --calls two_shot,one_shot,zero --fault death [--mutant NAME] [--victim RANK] [--full]
 //   protocol_model --ranks 3 --any one_shot,two_shot,broadcast --length 3      every sequence of 3 of these
 //   protocol_model --mutants | --faults | --kinds                              the names
 //
@@ -70,6 +70,7 @@ struct Fault {
   bool leave_last = false;   // ranks say bye, after their last call
   bool disagree = false;     // each rank in turn makes another second call than the others
   bool slow_report = false;  // a reader of an incomplete abort record may lose patience although its writer lives
+  bool destroy = false;      // another thread of a rank destroys the group while a call waits
   bool raised_too = false;   // (a limit) no peer may write a tensor, even after the call has raised
 };
 constexpr Fault kFaults[] = {
@@ -81,6 +82,7 @@ constexpr Fault kFaults[] = {
     {.name = "bye", .leave_last = true},
     {.name = "leave", .leave = true, .leave_last = true},
     {.name = "disagree", .disagree = true},
+    {.name = "destroy", .leave_last = true, .destroy = true},
     {.name = "slow_report", .deaths = 1, .deadline = true, .slow_report = true},
     {.name = "anything",
      .deaths = 1,
@@ -88,7 +90,8 @@ constexpr Fault kFaults[] = {
      .deadline = true,
      .leave = true,
      .leave_last = true,
-     .slow_report = true},
+     .slow_report = true,
+     .destroy = true},
     // A known limit: the protocol does not hold here (README.md).
     {.name = "raised_too", .deadline = true, .raised_too = true},
 };
@@ -126,6 +129,7 @@ enum class Mutant : uint8_t {
   bye_unnoticed,
   deadline_ignored,
   descriptors_not_compared,
+  destroyed_without_record,
 };
 constexpr const char* kMutants[] = {
     "none",
@@ -160,8 +164,9 @@ constexpr const char* kMutants[] = {
     "a rank that left is not noticed",
     "the deadline is never looked at",
     "descriptors are not compared",
+    "a group that is destroyed in a call leaves no record",
 };
-static_assert(std::size(kMutants) == static_cast<size_t>(Mutant::descriptors_not_compared) + 1);
+static_assert(std::size(kMutants) == static_cast<size_t>(Mutant::destroyed_without_record) + 1);
 
 struct Config {
   int ranks = 2;
@@ -170,6 +175,7 @@ struct Config {
   int odd_rank = -1;  // with disagree: who makes another second call
   Mutant mutant = Mutant::none;
   bool full = false;
+  int victim = -1;  // the only rank that may die; -1: any
 };
 
 // --- words ----------------------------------------------------------------------------------------------------------
@@ -423,6 +429,7 @@ struct Process {
   uint8_t odd;                        // whose descriptor is another (bits)
   uint8_t watcher, subject, handled;  // step of the watcher thread, whose death it reports, deaths it has seen (bits)
   uint8_t left;                       // who said bye, as far as the watcher has told (bits)
+  uint8_t closing;                    // its group is being destroyed by another thread
 };
 
 struct State {
@@ -451,7 +458,7 @@ uint64_t hash_of(const State& state) {
   return hash == 0 ? 1 : hash;
 }
 
-enum class Action : uint8_t { step, give_up_at_deadline, lose_patience, watch, leave, die };
+enum class Action : uint8_t { step, give_up_at_deadline, lose_patience, watch, leave, destroy, die };
 
 struct Move {
   uint8_t rank;
@@ -492,6 +499,8 @@ class Machine {
         return watch(state, r);
       case Action::leave:
         return leave(state, r);
+      case Action::destroy:
+        return destroy(state, r);
       default:
         return die(state, r);
     }
@@ -510,8 +519,11 @@ class Machine {
         return state.gone == 0;
       case Action::leave:
         return !config_.fault.leave_last || p.step != kRun;
+      case Action::destroy:
+        return !config_.fault.destroy || p.step != kRun;
       default:
-        return state.deaths == config_.fault.deaths || p.step >= kDead;
+        return state.deaths == config_.fault.deaths || p.step >= kDead ||
+               (config_.victim >= 0 && rank != config_.victim);
     }
   }
   int choices() const { return choices_; }
@@ -646,6 +658,7 @@ class Machine {
         return false;
       default:
         p.step = report(state, r, r, p.step, p.kind, p.culprits);
+        if (p.closing != 0 && p.step == kAwaitComplete) close(state, r);
         return true;
     }
   }
@@ -952,12 +965,16 @@ class Machine {
     p.step = kRun;
     // The caller reuses its tensor, and tries once more.
     const Program& program = programs_[r];
+    reuse_tensor(state, r);
+    p.pc = static_cast<uint8_t>(p.raised == 0 ? program.begin[call + 1] : program.code.size());
+    p.raised = 1;
+  }
+
+  void reuse_tensor(State& state, int r) {
     for (int i = 0; i < config_.ranks; i++) {
       const int word = at_.tensor(r, i);
       if (state.now[word] != 0) store_plain(state, r, word, kReused);
     }
-    p.pc = static_cast<uint8_t>(p.raised == 0 ? program.begin[call + 1] : program.code.size());
-    p.raised = 1;
   }
 
   std::string sentence(int kind, int reporter, int culprits) const {
@@ -1009,6 +1026,29 @@ class Machine {
     return true;
   }
 
+  // The call that waits raises a sentence of its own, after it has told the others.
+  bool destroy(State& state, int r) {
+    Process& p = state.process[r];
+    if (p.step != kRun || over(state, r) || p.watcher != kRun) return false;
+    const Instruction& in = instruction(p, r);
+    if ((in.op != Op::wait_header && in.op != Op::wait_done) || present(state, in, in.word)) return false;
+    if (talks()) say(r, in.call, "is told, while it waits, that its group is being destroyed");
+    state.faults = 1;
+    p.closing = 1;
+    p.kind = kLeftGroup;
+    p.culprits = 1 << r;
+    p.step = kTake;
+    if (mutant(Mutant::destroyed_without_record)) close(state, r);
+    return true;
+  }
+
+  void close(State& state, int r) {
+    if (talks()) say(r, 0, "raises that its group was destroyed, and says bye");
+    reuse_tensor(state, r);
+    state.process[r].raised = 1;
+    forget(state, r, kLeft);
+  }
+
   bool die(State& state, int r) {
     Process& p = state.process[r];
     if (state.deaths == config_.fault.deaths || p.step >= kDead) return false;
@@ -1025,7 +1065,7 @@ class Machine {
   void forget(State& state, int r, Step end) {
     state.gone++;
     Process& p = state.process[r];
-    const Process gone{0, end, 0, 0, 0, 0, p.raised, 0, 0, 0, 0, 0};
+    const Process gone{0, end, 0, 0, 0, 0, p.raised, 0, 0, 0, 0, 0, 0};
     p = gone;
     for (int word = 0; word < Layout::kWords; word++) {
       if (at_.owner(word) != r || !at_.in_pad(word)) continue;
@@ -1125,14 +1165,16 @@ class Search {
         bits = machine_.choices();
         result_.steps++;
         // Faults are no progress: a rank that can only be rescued by another's death is stuck.
-        progress = progress || !(action == Action::die || (action == Action::leave && !machine_.over(state, rank)));
+        const bool fault = action == Action::die || action == Action::destroy ||
+                           (action == Action::leave && !machine_.over(state, rank));
+        progress = progress || !fault;
         if (!machine_.violation().empty()) return fail(machine_.violation(), index, &move);
         add(next, index, move);
       }
     };
     for (int rank = 0; rank < config_.ranks && result_.violation.empty(); rank++) {
       for (const Action action : {Action::step, Action::give_up_at_deadline, Action::lose_patience, Action::watch,
-                                  Action::leave, Action::die}) {
+                                  Action::leave, Action::destroy, Action::die}) {
         if (result_.violation.empty()) attempt(rank, action);
       }
     }
@@ -1230,6 +1272,8 @@ Options parse(int argc, char** argv) {
     const std::string value = argv[++i];
     if (key == "--ranks") {
       options.config.ranks = std::atoi(value.c_str());
+    } else if (key == "--victim") {
+      options.config.victim = std::atoi(value.c_str());
     } else if (key == "--length") {
       options.length = std::atoi(value.c_str());
     } else if (key == "--calls") {
