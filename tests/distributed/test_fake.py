@@ -45,21 +45,93 @@ def test_a_fake_kernel_outlines_what_the_real_one_gives(group, op):
         assert outline(calls(group)[op]()) == real
 
 
-def test_fake_kernels_refuse_what_the_real_ones_refuse(group):
-    wrong = [
-        lambda: OPS.all_gather(torch.ones(3), group.unique_name, 1),
-        lambda: OPS.all_gather(torch.ones(()), group.unique_name),
-        lambda: OPS.reduce_scatter(torch.ones(2 * group.world_size + 1), group.unique_name),
-        lambda: OPS.reduce_scatter(torch.ones(3), group.unique_name, 0, [9] * group.world_size),
-        lambda: OPS.row_parallel_linear(torch.ones(3, 8), torch.ones(5, 7), None, group.unique_name),
-    ]
-    if group.world_size == 1:
-        del wrong[2]
-    for call in wrong:
-        with pytest.raises(ValueError):  # noqa: PT011 - the texts are each op's own
-            call()
-        with FakeTensorMode(), pytest.raises(ValueError):  # noqa: PT011
-            call()
+# name -> a call of group name and world size that every op refuses, before anything is sent.
+WRONG = {
+    "unknown group": lambda g, n: OPS.all_reduce(torch.ones(2), "nobody"),
+    "reduction": lambda g, n: OPS.all_reduce(torch.ones(2), g, "median"),
+    "avg of ints": lambda g, n: OPS.all_reduce_(torch.ones(2, dtype=torch.int64), g, "avg"),
+    "all_reduce_ of an expanded tensor": lambda g, n: OPS.all_reduce_(torch.ones(1).expand(3), g),
+    "sparse": lambda g, n: OPS.all_gather(torch.ones(2, 2).to_sparse(), g),
+    "dim of all_gather": lambda g, n: OPS.all_gather(torch.ones(3), g, 1),
+    "scalar": lambda g, n: OPS.all_gather(torch.ones(()), g),
+    "number of sizes": lambda g, n: OPS.all_gather(torch.ones(3), g, 0, [3] * (n + 1)),
+    "negative size": lambda g, n: OPS.all_gather(torch.ones(3), g, 0, [-1] * n),
+    "own size": lambda g, n: OPS.all_gather(torch.ones(3), g, 0, [4] * n),
+    "sum of sizes": lambda g, n: OPS.reduce_scatter(torch.ones(3), g, 0, [9] * n),
+    "dim of reduce_scatter": lambda g, n: OPS.reduce_scatter(torch.ones(3), g, -2),
+    "src": lambda g, n: OPS.broadcast_(torch.ones(3), n, g),
+    "broadcast_ of an expanded tensor": lambda g, n: OPS.broadcast_(torch.ones(1).expand(3), 0, g),
+    "weight's shape": lambda g, n: OPS.row_parallel_linear(torch.ones(3, 8), torch.ones(5, 7), None, g),
+    "weight's dtype": lambda g, n: OPS.row_parallel_linear(torch.ones(3, 8), torch.ones(5, 8).double(), None, g),
+    "ints": lambda g, n: OPS.row_parallel_linear(torch.ones(3, 8).int(), torch.ones(5, 8).int(), None, g),
+    "bias": lambda g, n: OPS.row_parallel_linear(torch.ones(3, 8), torch.ones(5, 8), torch.ones(8), g),
+    "out": lambda g, n: OPS.row_parallel_linear_out(torch.ones(3, 8), torch.ones(5, 8), None, g, torch.ones(3, 4)),
+    "out's strides": lambda g, n: OPS.row_parallel_linear_out(
+        torch.ones(3, 8), torch.ones(5, 8), None, g, torch.ones(5, 3).t()
+    ),
+    "residual": lambda g, n: OPS.all_reduce_add_rms_norm(torch.ones(3, 8), torch.ones(8), torch.ones(8), 1e-6, g),
+    "norm weight": lambda g, n: OPS.row_parallel_linear_add_rms_norm(
+        torch.ones(3, 8), torch.ones(5, 8), None, torch.ones(3, 5), torch.ones(8), 1e-6, g
+    ),
+    "residual's dtype": lambda g, n: OPS.all_reduce_add_rms_norm(
+        torch.ones(3, 8), torch.ones(3, 8).half(), torch.ones(8), 1e-6, g
+    ),
+}
+SEVERAL_RANKS = {
+    "indivisible": lambda g, n: OPS.reduce_scatter(torch.ones(2 * n + 1), g),
+    "sum that nobody does": lambda g, n: OPS.all_reduce(torch.ones(3, dtype=torch.int16), g),
+    "product of complex numbers": lambda g, n: OPS.all_reduce(torch.ones(3, dtype=torch.complex64), g, "product"),
+}
+# PyTorch's names of dtypes and layouts in C++ and in Python.
+TORCH_NAMES = [
+    ("torch.float32", "Float"),
+    ("torch.float64", "Double"),
+    ("torch.float16", "Half"),
+    ("torch.int32", "Int"),
+    ("torch.int64", "Long"),
+    ("torch.int16", "int16"),
+    ("torch.complex64", "complex64"),
+    ("torch.sparse_coo", "Sparse"),
+]
+
+
+@pytest.mark.parametrize("name", WRONG | SEVERAL_RANKS)
+def test_fake_kernels_refuse_what_the_real_ones_refuse_in_their_words(group, name):
+    if name in SEVERAL_RANKS and group.world_size == 1:
+        pytest.skip("one rank sends nothing")
+    call = (WRONG | SEVERAL_RANKS)[name]
+    with pytest.raises(ValueError, match=r"^sglang_symm: \w+") as real:
+        call(group.unique_name, group.world_size)
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"^sglang_symm: \w+") as fake:
+        call(group.unique_name, group.world_size)
+    sentence = str(fake.value)
+    for python, cxx in TORCH_NAMES:
+        sentence = sentence.replace(python, cxx)
+    assert sentence == str(real.value).splitlines()[0]
+
+
+META = {
+    "weight": lambda g: OPS.row_parallel_linear(torch.ones(3, 8), torch.ones(5, 8, device="meta"), None, g),
+    "bias": lambda g: OPS.row_parallel_linear(torch.ones(3, 8), torch.ones(5, 8), torch.ones(5, device="meta"), g),
+    "x": lambda g: OPS.row_parallel_linear(torch.ones(3, 8, device="meta"), torch.ones(5, 8), None, g),
+    "out": lambda g: OPS.row_parallel_linear_out(
+        torch.ones(3, 8), torch.ones(5, 8), None, g, torch.ones(3, 5, device="meta")
+    ),
+    "residual": lambda g: OPS.all_reduce_add_rms_norm(
+        torch.ones(3, 8), torch.ones(3, 8, device="meta"), torch.ones(8), 1e-6, g
+    ),
+    "norm weight": lambda g: OPS.row_parallel_linear_add_rms_norm(
+        torch.ones(3, 8), torch.ones(5, 8), None, torch.ones(3, 5), torch.ones(5, device="meta"), 1e-6, g
+    ),
+}
+
+
+@pytest.mark.parametrize("name", META)
+def test_a_meta_tensor_among_real_ones_is_refused_and_gives_no_memory_that_nobody_wrote(group, name):
+    calls = group.info()["calls"]
+    with pytest.raises(ValueError, match=r"expected .* on cpu.* on meta|expected .* on meta.* on cpu"):
+        META[name](group.unique_name)
+    assert group.info()["calls"] == calls
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
