@@ -71,9 +71,10 @@ std::vector<int64_t> with_dim0(const at::Tensor& x, int64_t n) {
 }
 
 // [n, ...] of any dtype as [n, bytes a row]: the process group copies bytes, so its list of dtypes does not matter.
+// Flat in between, because a contiguous [n, 1] may have any stride in its last dimension, and a view as bytes needs 1.
 at::Tensor as_bytes(const at::Tensor& x) {
   return x.numel() == 0 ? at::empty({x.size(0), 0}, x.options().dtype(at::kByte))
-                        : x.reshape({x.size(0), -1}).view(at::kByte);
+                        : x.view({-1}).view(at::kByte).view({x.size(0), -1});
 }
 
 // out [sum of sizes, ...] = the ranks' x [sizes[r], ...], padded to the longest on their way.

@@ -41,6 +41,13 @@ def test_all_gather_of_any_size(group, count):
     assert same_bits(group.all_gather(everyone[group.rank_in_group]), torch.cat(everyone))
 
 
+def test_all_gather_of_one_row_along_its_columns(shared, rank, size):
+    for communicator in ("symm", "process_group"):
+        xs = inputs(size, [1, 7])
+        y = shared(communicator=communicator).all_gather(xs[rank], dim=1)
+        assert same_bits(y, torch.cat(xs, dim=1))
+
+
 def test_all_gather_moves_not_a_number_unchanged(group):
     patterns = torch.tensor([-1, 0x7FC00001, -0x00400000 - 1, 0x7F800000, -(1 << 31)], dtype=torch.int32)
     y = group.all_gather(patterns.view(torch.float32))
