@@ -87,8 +87,10 @@ def transformers_reference(folder: Path, new_tokens: int = 6) -> Reference:
     return Reference(logits, greedy)
 
 
-def load_model(folder: Path, state: ParallelState, mlp_group: Any = "tp") -> LlamaForCausalLM:
-    model = LlamaForCausalLM(LlamaConfig.from_folder(folder), mlp_group, state)
+def load_model(
+    folder: Path, state: ParallelState, mlp_group: Any = "tp", dtype: torch.dtype | None = None
+) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(LlamaConfig.from_folder(folder), mlp_group, state, dtype=dtype, device=state.device)
     load_weights(model, folder)
     return model
 
@@ -109,9 +111,9 @@ def all_logits(
     for step in range(1 + DECODED):
         ends = [len(sequences[i]) - DECODED + step for i in own]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        batch = TokenBatch(range(len(own)), starts, lengths)
+        batch = TokenBatch(range(len(own)), starts, lengths, state.device)
         parts = [list(sequences[i][start:end]) for i, start, end in zip(own, starts, ends, strict=True)]
-        tokens = torch.tensor([token for part in parts for token in part], dtype=torch.int64)
+        tokens = torch.tensor([token for part in parts for token in part], dtype=torch.int64, device=state.device)
         counts = state.exchange_token_counts(batch.num_tokens)
         with state.forward(ForwardBatch(counts, is_extend=step == 0, padding_mode=padding_mode)):
             logits = model.logits(model(tokens, batch, cache))
