@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     form.add_argument("--raw", action="store_true", help="prompts are text to be continued")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: a GPU for each rank")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="decode eagerly on GPUs too")
     parser.add_argument("--max-batch", type=int, default=8, help="prompts at once in a DP rank")
     parser.add_argument("--max-len", type=int, default=1024, help="tokens of a prompt and its answer")
     parser.add_argument("--arena-mib", type=int, help="symmetric memory of a group on each rank")
@@ -93,6 +94,8 @@ def main(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.tp < 1 or args.attention_dp < 1 or args.tp % args.attention_dp:
         raise ValueError(f"--tp {args.tp} does not divide by --attention-dp {args.attention_dp}")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: expected a CUDA device, but torch sees none (nvidia-smi tells why)")
     if args.compare_transformers and (args.temperature > 0 or args.dtype != "float32"):
         raise ValueError(
             "--compare-transformers compares greedy tokens in fp32: expected --temperature 0 --dtype float32"
@@ -142,6 +145,7 @@ def _server_args(args: argparse.Namespace, prompts: Sequence[Sequence[int]]) -> 
         max_batch=min(args.max_batch, batch),
         max_len=min(args.max_len, length),
         arena_bytes=None if args.arena_mib is None else args.arena_mib << 20,
+        cuda_graphs=not args.no_cuda_graphs,
     )
 
 
@@ -165,6 +169,7 @@ def _report(
             "enable_symm_mem": not args.no_symm_mem,
             "dtype": args.dtype,
             "device": args.device,
+            "cuda_graphs": runner.graphs is not None,
         },
         "answers": [
             {
@@ -198,7 +203,8 @@ def text_of(report: dict[str, Any]) -> str:
         "",
         f"layout    {layout['tp']} ranks: attention-DP {layout['attention_dp']} x "
         f"attention-TP {layout['attention_tp']}, MLP over {layout['mlp_group']}, "
-        f"{layout['dtype']} on {layout['device']}, symmetric memory {memory}",
+        f"{layout['dtype']} on {layout['device']}, symmetric memory {memory}"
+        + (", decode steps in CUDA graphs" if layout.get("cuda_graphs") else ""),
         f"speed     {report['generated_tokens']} tokens in {report['seconds']:.1f} s: "
         f"{report['tokens_per_second']:.1f} tokens/s",
     ]

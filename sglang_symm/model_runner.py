@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sglang_symm.decode_graphs import DecodeGraphs, default_batch_sizes
 from sglang_symm.distributed.dp_attention import DpPaddingMode, ForwardBatch
 from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.parallel_state import ParallelState, initialize_model_parallel
@@ -39,7 +40,10 @@ class ServerArgs:
     padding_mode                    of data-parallel attention; None chooses per forward
     sync_token_ids                  rank 0 of attention-TP samples and broadcasts, instead of every rank sampling alike
     device, dtype                   of weights, cache and communication; device "cpu" or "cuda"
-    arena_bytes                     symmetric memory of a group; None for the group's default"""
+    arena_bytes                     symmetric memory of a group; None for the group's default
+    cuda_graphs                     on GPUs decode steps replay CUDA graphs, captured when the runner is made (with
+                                    padding_mode None or MAX_LEN); larger batches run eagerly
+    cuda_graph_batch_sizes          of a DP rank; None for 1, 2, 4, ... max_batch"""
 
     tensor_parallel_size: int = 1
     attention_data_parallel_size: int = 1
@@ -52,6 +56,8 @@ class ServerArgs:
     padding_mode: DpPaddingMode | None = None
     sync_token_ids: bool = field(default_factory=_sync_token_ids_from_environment)
     arena_bytes: int | None = None
+    cuda_graphs: bool = True
+    cuda_graph_batch_sizes: Sequence[int] | None = None
 
 
 @dataclass
@@ -109,11 +115,20 @@ class ModelRunner:
             device=args.device,
             arena_bytes=args.arena_bytes,
         )
-        self.device = torch.device(args.device)
+        self.device = self.state.device
         self.model = model if isinstance(model, LlamaForCausalLM) else self._load(model, progress)
         self.max_len = min(args.max_len, self.model.config.max_position_embeddings)
         self.cache = self.model.make_cache(args.max_batch, self.max_len)
         self.throughput = Throughput()
+        self.graphs = self._capture_graphs()
+
+    def _capture_graphs(self) -> DecodeGraphs | None:
+        # One DP rank's rows need no padding among others', whatever the mode.
+        fits = self.args.padding_mode is not DpPaddingMode.SUM_LEN or not self.state.enable_dp_attention
+        if self.device.type != "cuda" or not self.args.cuda_graphs or not fits:
+            return None
+        sizes = self.args.cuda_graph_batch_sizes or default_batch_sizes(self.args.max_batch)
+        return DecodeGraphs(self.model, self.cache, sizes)
 
     def _load(self, folder: str | Path, progress: bool) -> LlamaForCausalLM:
         config = LlamaConfig.from_folder(folder)
@@ -180,28 +195,28 @@ class ModelRunner:
     def _run_wave(self, running: list[_Request], on_token: Callable[[int, int], None] | None) -> None:
         """Prefill these requests together, then decode until those of all DP ranks have finished."""
         tokens = [token for request in running for token in request.prompt]
-        batch = self._batch([0] * len(running), [len(request.prompt) for request in running])
+        starts, lengths = [0] * len(running), [len(request.prompt) for request in running]
         is_extend = True
         while True:
             began = time.perf_counter()
-            logits = self._forward(tokens, batch, is_extend)
+            logits = self._forward(tokens, starts, lengths, is_extend)
             if logits is None:
                 return
             self._hand_out(running, logits, on_token)
             self._count(len(tokens), time.perf_counter() - began, is_extend)
             running = self._drop_finished(running)
             tokens = [request.next_token for request in running]
-            batch = self._batch([request.length for request in running], [1] * len(running))
+            starts, lengths = [request.length for request in running], [1] * len(running)
             is_extend = False
 
-    def _batch(self, starts: list[int], lengths: list[int]) -> TokenBatch:
-        return TokenBatch(range(len(starts)), starts, lengths, self.device)
-
-    def _forward(self, tokens: list[int], batch: TokenBatch, is_extend: bool) -> Tensor | None:
+    def _forward(self, tokens: list[int], starts: list[int], lengths: list[int], is_extend: bool) -> Tensor | None:
         """Logits [sequences, V] of each sequence's last token; None when no DP rank has a token left."""
-        counts = self.state.exchange_token_counts(batch.num_tokens)
+        counts = self.state.exchange_token_counts(len(tokens))
         if not any(counts):
             return None
+        if self.graphs is not None and not is_extend and self.graphs.covers(counts):
+            return self.graphs.run(tokens, starts, counts)
+        batch = TokenBatch(range(len(starts)), starts, lengths, self.device)
         with self.state.forward(ForwardBatch(counts, is_extend, self.args.padding_mode)):
             token_ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
             hidden = self.model(token_ids, batch, self.cache)

@@ -23,9 +23,11 @@ from typing import Any
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 PROMPTS = ("What is gravity?", "Name three colours.", "Write a haiku about the sea.")
 NEW_TOKENS = 32
+# The model's 9 attention heads divide by 3 ranks, not by 2.
 RUNS = (
-    ("tensor parallelism over 3 ranks", ["--tp", "3"]),
+    (3, "tensor parallelism over 3 ranks", ["--tp", "3"]),
     (
+        2,
         "data-parallel attention: 2 ranks, each with prompts of its own, and one MLP over both",
         ["--tp", "2", "--attention-dp", "2", "--mlp-group", "tp"],
     ),
@@ -58,11 +60,22 @@ def generate(model: Path, layout: list[str]) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}
 
 
+def gpu_count() -> int:
+    """GPUs that ranks can use: those that torch sees, if the library was built for them."""
+    import torch
+
+    from sglang_symm import _library
+
+    return torch.cuda.device_count() if _library.info()["cuda"] else 0
+
+
 def main() -> int:
     began, model, codes = time.monotonic(), model_file(), []
-    for title, layout in RUNS:
-        print(f"\n=== {title}", flush=True)
-        code, report = generate(model, layout)
+    gpus = gpu_count()
+    for ranks, title, layout in RUNS:
+        on_gpus = gpus >= ranks
+        print(f"\n=== {title}" + (", a GPU each" if on_gpus else ""), flush=True)
+        code, report = generate(model, [*layout, "--device", "cuda"] if on_gpus else layout)
         codes.append(code)
         if report:
             from sglang_symm.generate import text_of

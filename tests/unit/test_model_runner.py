@@ -13,6 +13,7 @@ from llama_cases import EIGHT_HEADS, SEQUENCES, SIX_HEADS, Reference, max_error_
 from thread_ranks import Layout, make_states, run_threads
 
 from sglang_symm import model_runner
+from sglang_symm.decode_graphs import DecodeGraphs, default_batch_sizes
 from sglang_symm.distributed import DpPaddingMode, ParallelState
 from sglang_symm.model_runner import Completion, ModelRunner, ServerArgs
 from sglang_symm.models import LlamaConfig, LlamaForCausalLM
@@ -92,6 +93,35 @@ def test_greedy_tokens_equal_transformers(layout: Layout, folder: Path, referenc
     completions, _ = generate(layout, folder, PROMPTS, SamplingParams(max_new_tokens=12))
     assert [completion.token_ids for completion in completions] == reference.greedy
     assert {completion.finish_reason for completion in completions} == {"length"}
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(1, 2), Layout(2, 2), Layout(4, 2)], ids=str)
+def test_steps_padded_to_a_batch_size_give_the_same_tokens(layout: Layout, folder: Path, reference: Reference) -> None:
+    """What CUDA graphs capture, run eagerly; batches shrink from 6 as requests end, larger than 4 goes unpadded."""
+    params = [SamplingParams(max_new_tokens=n) for n in (5, 1, 12, 3, 12, 7)]
+
+    def body(state: ParallelState) -> tuple[list[Completion], list[int]]:
+        runner = ModelRunner(folder, ServerArgs(max_len=64), state)
+        assert runner.graphs is None
+        runner.graphs = graphs = DecodeGraphs(runner.model, runner.cache, [3, 1, 4])
+        sizes: list[int] = []
+        replay = graphs.replay
+        graphs.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign]
+        return runner.generate(PROMPTS * 2, params), sizes
+
+    for completions, sizes in run_threads(layout, body):
+        expected = [tokens[: p.max_new_tokens] for tokens, p in zip(reference.greedy * 2, params, strict=True)]
+        assert [completion.token_ids for completion in completions] == expected
+        assert sizes == {1: [4] * 2 + [3] * 7, 2: [3] * 11}.get(layout.attn_dp, sizes)
+        assert set(sizes) <= {1, 3, 4}
+
+
+def test_batch_sizes_of_graphs(folder: Path) -> None:
+    assert [default_batch_sizes(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    runner = ModelRunner(folder, ServerArgs(max_len=64, max_batch=4), make_states(Layout(1, 1))[0])
+    for sizes in ([], [0, 1], [2, 2], [5]):
+        with pytest.raises(ValueError, match="expected distinct batch sizes from 1 to the cache's 4 slots"):
+            DecodeGraphs(runner.model, runner.cache, sizes)
 
 
 def test_requests_beyond_max_batch_run_in_waves(folder: Path, reference: Reference) -> None:
