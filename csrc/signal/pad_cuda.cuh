@@ -118,30 +118,32 @@ __device__ __forceinline__ void record_failure(const CallCuda& call, uint32_t ep
 
 struct Clock {
   uint64_t start = 0;
-  uint64_t next_look = 0;
 };
+
+// The hosts' words are read over PCIe, one thread after the other (0.6 us each): looked at by every warp that waits
+// they delay this rank by hundreds of us, then its peers wait as long and look as well, and so on from call to call. So
+// one thread of the device looks once a period, for all.
+__device__ __forceinline__ void look_at_hosts(const CallCuda& call, PadCuda* pad, uint64_t now) {
+  const auto looked = *const_cast<const volatile unsigned long long*>(&pad->looked);
+  if (static_cast<int64_t>(now - looked) < static_cast<int64_t>(kHostPeriodNs)) return;
+  if (atomicCAS(&pad->looked, looked, static_cast<unsigned long long>(now)) != looked) return;
+  if (load_sys(call.abort_state) != AbortRecord::kEmpty) store_sys(&pad->broken, 1u);
+  store_sys(&pad->left, load_sys(call.left));
+}
 
 // Asked now and then by a thread that waits for `missing`: true when it need not wait any longer, because the group is
 // broken (here, or so the hosts say), a missing rank has left, or the deadline has passed. A function of its own, not
 // inlined: many places wait, and kernels must fit the instruction cache.
 inline __device__ __noinline__ bool give_up(const CallCuda& call, uint32_t epoch, uint32_t missing, Clock* clock) {
   PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
-  if (load_sys(&pad->broken) != 0) return true;
   const uint64_t now = time_ns();
   if (clock->start == 0) clock->start = now;
-  if (now < clock->next_look) return false;
-  clock->next_look = now + kHostPeriodNs;
-  const unsigned together = __activemask();
-  if ((threadIdx.x & (kWarp - 1)) == static_cast<unsigned>(__ffs(together) - 1)) {  // over PCIe, one lane a warp
-    if (load_sys(call.abort_state) != AbortRecord::kEmpty) {
-      store_sys(&pad->broken, 1u);
-      return true;
-    }
-    const uint32_t left = load_sys(call.left) & missing;
-    if (left != 0) {
-      record_failure(call, epoch, AbortKind::left, left, 0, call.descriptor, call.descriptor);
-      return true;
-    }
+  look_at_hosts(call, pad, now);
+  if (load_sys(&pad->broken) != 0) return true;
+  const uint32_t left = load_sys(&pad->left) & missing;
+  if (left != 0) {
+    record_failure(call, epoch, AbortKind::left, left, 0, call.descriptor, call.descriptor);
+    return true;
   }
   const double seconds = epoch == 1 ? call.first_seconds : call.seconds;
   if (now - clock->start < static_cast<uint64_t>(seconds * 1e9)) return false;

@@ -7,6 +7,8 @@
 //   proof[s]                  rank s, once, at creation         the owner   0                  a host barrier
 //   epoch[c]                  this rank's kernels, at the end   CTA c       e of the last call end of a kernel
 //   broken, claimed           this rank's kernels, once         its kernels 0                  relaxed
+//   looked, left              this rank's kernels, when they    its kernels 0                  relaxed
+//                             have waited long
 //   slots                     rank s, one-shot and two-shot     the owner   kSentinel          each word is data or not
 //   small slots               rank s, small copies              the owner   e of an old call   each half holds its e
 //
@@ -42,6 +44,8 @@ struct PadCuda {
   alignas(128) uint32_t epoch[kMaxCtas];
   alignas(128) uint32_t broken;  // no call of this group does anything any more
   uint32_t claimed;              // somebody writes the device's record
+  unsigned long long looked;     // when a thread of this device looked at the hosts last, ns
+  uint32_t left;                 // what it saw there: bit r, rank r said bye
 };
 
 // Where things lie in a CUDA arena; the same on all ranks.
