@@ -36,6 +36,7 @@ Driver load() {
   find("cuMemUnmap", &d.mem_unmap);
   find("cuMemSetAccess", &d.mem_set_access);
   find("cuGetErrorName", &d.get_error_name);
+  find("cuTensorMapEncodeTiled", &d.tensor_map_encode_tiled);
   return d;
 }
 

@@ -27,6 +27,7 @@ struct Driver {
   decltype(&cuMemUnmap) mem_unmap;
   decltype(&cuMemSetAccess) mem_set_access;
   decltype(&cuGetErrorName) get_error_name;
+  decltype(&cuTensorMapEncodeTiled) tensor_map_encode_tiled;
 };
 // Raises when there is no driver, or one too old.
 const Driver& driver();

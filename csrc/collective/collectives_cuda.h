@@ -28,6 +28,16 @@ class CollectivesCuda final : public Collectives {
                   Stream stream) override;
   void broadcast(const Descriptor& descriptor, void* data, size_t bytes, int src, Stream stream) override;
   void announce(const Descriptor& descriptor, Stream stream) override;
+  // For a waiting kernel of a floor above: puts it behind the last one of this device, whatever stream that went to,
+  // and returns what it needs of the group.
+  CallCuda enter(const Descriptor& descriptor, cudaStream_t stream) {
+    order(stream);
+    return call(descriptor);
+  }
+  const LayoutCuda& layout() const { return layout_; }
+  int device() const { return device_; }
+  int max_ctas() const { return max_ctas_; }
+  size_t arena_bytes() const { return arena_->bytes(); }
   std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset) override {
     return signal_.exchange(descriptor, offset);
   }

@@ -175,19 +175,20 @@ std::string Group::info_json() const {
   }
   const std::string broken = failure();
   const ArenaStats s = arena_ ? arena_->stats() : ArenaStats{};
-  return cat(
-      "{\"name\": ", json_string(config_.name), ", \"device\": ", json_string(config_.device), ", \"rank\": ", rank(),
-      ", \"world_size\": ", world_size(), ", \"communicator\": \"", symmetric() ? "symm" : "process_group",
-      "\", \"broken\": ", broken.empty() ? "null" : json_string(broken), ", \"calls\": ", counters.calls.load(),
-      ", \"calls_by_algorithm\": {", by_algorithm, "}, \"outputs_inside\": ", counters.outputs_inside.load(),
-      ", \"outputs_outside\": ", counters.outputs_outside.load(), ", \"memory\": {\"arena_bytes\": ", s.arena_bytes,
-      ", \"heap_bytes\": ", s.heap_bytes, ", \"allocated_bytes\": ", s.allocated_bytes,
-      ", \"peak_bytes\": ", s.peak_bytes, ", \"free_bytes\": ", s.free_bytes,
-      ", \"largest_free_bytes\": ", s.largest_free_bytes, ", \"live_blocks\": ", s.live_blocks,
-      "}, \"settings\": {\"timeout\": ", config_.deadlines.seconds,
-      ", \"first_timeout\": ", config_.deadlines.first_seconds, ", \"strict\": ", config_.strict ? "true" : "false",
-      ", \"slot_bytes\": ", backend_ ? backend_->slot_bytes() : 0,
-      ", \"agreed\": ", json_string(to_string(config_.agreed)), "}}");
+  return cat("{\"name\": ", json_string(config_.name), ", \"device\": ", json_string(config_.device),
+             ", \"rank\": ", rank(), ", \"world_size\": ", world_size(), ", \"communicator\": \"",
+             symmetric() ? "symm" : "process_group", "\", \"broken\": ", broken.empty() ? "null" : json_string(broken),
+             ", \"calls\": ", counters.calls.load(), ", \"calls_by_algorithm\": {", by_algorithm,
+             "}, \"fused_calls\": ", counters.fused.load(), ", \"outputs_inside\": ", counters.outputs_inside.load(),
+             ", \"outputs_outside\": ", counters.outputs_outside.load(),
+             ", \"memory\": {\"arena_bytes\": ", s.arena_bytes, ", \"heap_bytes\": ", s.heap_bytes,
+             ", \"allocated_bytes\": ", s.allocated_bytes, ", \"peak_bytes\": ", s.peak_bytes,
+             ", \"free_bytes\": ", s.free_bytes, ", \"largest_free_bytes\": ", s.largest_free_bytes,
+             ", \"live_blocks\": ", s.live_blocks, "}, \"settings\": {\"timeout\": ", config_.deadlines.seconds,
+             ", \"first_timeout\": ", config_.deadlines.first_seconds,
+             ", \"strict\": ", config_.strict ? "true" : "false",
+             ", \"slot_bytes\": ", backend_ ? backend_->slot_bytes() : 0,
+             ", \"agreed\": ", json_string(to_string(config_.agreed)), "}}");
 }
 
 GroupRegistry& GroupRegistry::instance() {

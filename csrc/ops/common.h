@@ -34,6 +34,18 @@ inline Stream current_stream(const Group&) {
 }
 #endif
 
+// out [M, N] = sum over ranks of x [M, K/P] @ weight [N, K/P]^T (+ bias) by one kernel (fused/), with the descriptor's
+// op. False, with nothing done, when there is no kernel for this call; all ranks are told the same.
+#ifdef SGLANG_SYMM_WITH_CUDA
+bool fused_linear_into(Group& group, Descriptor descriptor, const at::Tensor& x, const at::Tensor& weight,
+                       const at::Tensor& bias, const at::Tensor& out, bool static_weight);
+#else
+inline bool fused_linear_into(Group&, Descriptor, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                              const at::Tensor&, bool) {
+  return false;
+}
+#endif
+
 DType to_dtype(at::ScalarType type);
 ReduceOp to_reduce_op(const std::string& op);
 

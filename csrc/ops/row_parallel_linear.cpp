@@ -53,12 +53,17 @@ at::Tensor defined_bias(const std::optional<at::Tensor>& bias) {
   return bias && bias->defined() ? bias->contiguous() : at::Tensor();
 }
 
-// The library's GEMM writes straight into `out`, in symmetric memory when there is room; then it is reduced in place.
+// One kernel where there is one. Else the library's GEMM writes straight into `out`, in symmetric memory when there is
+// room; then it is reduced in place.
 void linear_into(Group& group, OpCode op, const at::Tensor& x, const at::Tensor& weight,
-                 const std::optional<at::Tensor>& bias, const Shapes& shapes, const at::Tensor& out) {
+                 const std::optional<at::Tensor>& bias, const Shapes& shapes, const at::Tensor& out,
+                 bool static_weight) {
   at::Tensor rows = out.view({shapes.rows, shapes.columns});
-  at::mm_out(rows, x.reshape({shapes.rows, x.size(-1)}), weight.t());
-  reduce_into(group, describe(op, x, shapes), out, out, defined_bias(bias));
+  const at::Tensor tokens = x.reshape({shapes.rows, x.size(-1)});
+  const Descriptor descriptor = describe(op, x, shapes);
+  if (fused_linear_into(group, descriptor, tokens, weight, defined_bias(bias), rows, static_weight)) return;
+  at::mm_out(rows, tokens, weight.t());
+  reduce_into(group, descriptor, out, out, defined_bias(bias));
 }
 
 // y = weight * round(h / sqrt(mean(h^2) + eps)), fp32 inside, as Hugging Face's LlamaRMSNorm.
@@ -85,13 +90,13 @@ void check_norm(const at::Tensor& residual, const at::Tensor& norm_weight, at::I
 }  // namespace
 
 at::Tensor row_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                               const std::string& name, bool symmetric, bool /*static_weight*/) {
+                               const std::string& name, bool symmetric, bool static_weight) {
   return guarded([&] {
     at::AutoDispatchBelowAutograd below;
     const Shapes shapes = checked_shapes(x, weight, bias, "row_parallel_linear");
     auto group = group_for(x, name, "row_parallel_linear");
     at::Tensor out = empty_output(*group, shapes.output, x.options(), symmetric);
-    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out);
+    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out, static_weight);
     return out;
   });
 }
@@ -114,7 +119,7 @@ void row_parallel_linear_out(const at::Tensor& x, const at::Tensor& weight, cons
       }
     }
     auto group = group_for(x, name, "row_parallel_linear_out");
-    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out);
+    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out, /*static_weight=*/false);
   });
 }
 
@@ -156,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(const at::Te
                                                                     const std::optional<at::Tensor>& bias,
                                                                     const at::Tensor& residual,
                                                                     const at::Tensor& norm_weight, double eps,
-                                                                    const std::string& name, bool /*static_weight*/) {
+                                                                    const std::string& name, bool static_weight) {
   return guarded([&] {
     at::AutoDispatchBelowAutograd below;
     const char* op = "row_parallel_linear_add_rms_norm";
@@ -164,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(const at::Te
     check_norm(residual, norm_weight, shapes.output, x.scalar_type(), x.device(), op);
     auto group = group_for(x, name, op);
     const at::Tensor sum = empty_output(*group, shapes.output, x.options());
-    linear_into(*group, OpCode::row_parallel_linear_add_rms_norm, x, weight, bias, shapes, sum);
+    linear_into(*group, OpCode::row_parallel_linear_add_rms_norm, x, weight, bias, shapes, sum, static_weight);
     return add_rms_norm(sum, residual, norm_weight, eps);
   });
 }

@@ -46,7 +46,8 @@ std::string to_string(const Descriptor& d) {
     case OpCode::row_parallel_linear:
     case OpCode::row_parallel_linear_add_rms_norm:
       return cat(op, "(", name(d.dtype), ", y [", d.count, ", ", d.aux, "]",
-                 (d.flags & Descriptor::kHasBias) != 0 ? ", bias" : ", no bias", ")");
+                 (d.flags & Descriptor::kHasBias) != 0 ? ", bias" : ", no bias",
+                 (d.flags & Descriptor::kFused) != 0 ? ", fused" : "", ")");
     default:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements, ", name(d.reduce_op()), ")");
   }

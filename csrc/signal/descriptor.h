@@ -33,12 +33,13 @@ struct Descriptor {
   OpCode op = OpCode::none;
   DType dtype = DType::bytes;
   Algorithm algorithm = Algorithm::one_shot;
-  uint8_t flags = 0;   // bits 0-2 ReduceOp, bit 3 has_bias, bit 4 residual
+  uint8_t flags = 0;   // bits 0-2 ReduceOp, 3 has_bias, 4 residual, 5 fused
   uint32_t aux = 0;    // broadcast: src. all_gather, reduce_scatter: digest of sizes. row_parallel_linear: columns N
   uint64_t count = 0;  // elements; rows M for row_parallel_linear
 
   static constexpr uint8_t kHasBias = 8;
   static constexpr uint8_t kResidual = 16;
+  static constexpr uint8_t kFused = 32;  // the GEMM and its reduction are one kernel
   ReduceOp reduce_op() const { return static_cast<ReduceOp>(flags & 7); }
   friend bool operator==(const Descriptor&, const Descriptor&) = default;
 };

@@ -1,0 +1,206 @@
+"""The row-parallel linear of few tokens on GPUs, beside cuBLAS alone and cuBLAS followed by an all-reduce, in one run.
+
+    torchrun --nproc-per-node 2 benchmarks/row_parallel_linear.py [--json FILE] [--shapes 8192x4096 8192x14336]
+
+Microseconds of one op y[M, N] = sum over ranks of x[M, K] @ w[N, K]^T, bf16, in a CUDA graph of `ops` ops whose weights
+rotate over 4 copies, so that L2 flatters nobody: the median over repeats of the slowest rank, and the quartiles.
+
+    gemm             torch.mm alone, nothing is reduced
+    nccl             torch.mm, then NCCL's all-reduce
+    torch_one_shot   torch.mm into torch's symmetric memory, then its one-shot all-reduce
+    torch_two_shot   the same with its two-shot
+    all_reduce_      torch.mm into symmetric memory, then this library's all-reduce in place
+    fused            row_parallel_linear
+    fused_static     the same with static_weight: the weights are fetched while the op before ends
+    limit            the bytes of w, x and y over --bandwidth (GB/s of a GPU's memory)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+
+from sglang_symm.distributed.group import Group
+
+COPIES = 4
+PEERS = ("nccl", "torch_one_shot", "torch_two_shot")
+Op = Callable[[int], Any]
+
+
+class Bench:
+    """Times ops in CUDA graphs, the ranks starting together."""
+
+    def __init__(self, group: Group, ops: int, repeats: int) -> None:
+        self.group, self.ops, self.repeats = group, ops, repeats
+        self.cpu_group = dist.new_group(backend="gloo")
+        self.token = torch.zeros(1, device="cuda")
+        # A rank of the rig stays in the stream of its green context.
+        current = torch.cuda.current_stream()
+        self.stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+
+    def time(self, op: Op) -> list[float]:
+        """Microseconds of one op, the slowest rank's, for each repeat; op(i) uses the i-th copy."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for i in range(COPIES):
+                op(i)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for i in range(self.ops):
+                op(i % COPIES)
+        times = []
+        with torch.cuda.stream(self.stream):
+            for repeat in range(self.repeats + 3):
+                dist.barrier(group=self.cpu_group)
+                torch.cuda.synchronize()
+                torch.cuda._sleep(100_000)  # the host gets ahead
+                torch.ops.sglang_symm.barrier(self.token, self.group.unique_name)
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                if repeat >= 3:
+                    times.append(begin.elapsed_time(end) * 1000 / self.ops)
+        slowest = torch.tensor(times)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return slowest.tolist()
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median": round(median, 2), "q1": round(low, 2), "q3": round(high, 2)}
+
+
+def make_ops(m: int, n: int, k: int, group: Group, buffer: torch.Tensor | None, nccl: bool) -> dict[str, Op]:
+    """Every way to do it, by label."""
+    name, world = group.unique_name, dist.group.WORLD.group_name
+    xs = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(COPIES)]
+    ws = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(COPIES)]
+    y = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+    inside = torch.ops.sglang_symm.empty([m, n], name, dtype=y.dtype, device=y.device)
+    linear = torch.ops.sglang_symm.row_parallel_linear
+
+    def gemm(i: int, out: torch.Tensor = y) -> None:
+        torch.mm(xs[i], ws[i].t(), out=out)
+
+    def then_nccl(i: int) -> None:
+        gemm(i)
+        dist.all_reduce(y)
+
+    def then_ours(i: int) -> None:
+        gemm(i, inside)
+        torch.ops.sglang_symm.all_reduce_(inside, name)
+
+    ops: dict[str, Op] = {"gemm": gemm, "all_reduce_": then_ours}
+    if nccl:
+        ops["nccl"] = then_nccl
+    if buffer is not None:
+        theirs = buffer[: m * n].view(m, n)
+
+        def one_shot(i: int) -> None:
+            gemm(i, theirs)
+            torch.ops.symm_mem.one_shot_all_reduce_out(theirs, "sum", world, y)
+
+        def two_shot(i: int) -> None:
+            gemm(i, theirs)
+            torch.ops.symm_mem.two_shot_all_reduce_(theirs, "sum", world)
+
+        ops.update(torch_one_shot=one_shot, torch_two_shot=two_shot)
+    ops["fused"] = lambda i: linear(xs[i], ws[i], None, name)
+    ops["fused_static"] = lambda i: linear(xs[i], ws[i], None, name, True, True)
+    return ops
+
+
+def ratios(row: dict[str, Any]) -> dict[str, float]:
+    """What the figures are judged by."""
+    static, plain = row["fused_static"]["median"], row["fused"]["median"]
+    found = {
+        "static/gemm": static / row["gemm"]["median"],
+        "fused/gemm": plain / row["gemm"]["median"],
+        "static/all_reduce_": static / row["all_reduce_"]["median"],
+    }
+    peers = [row[p]["median"] for p in PEERS if p in row]
+    if peers:
+        found["static/peers"] = static / min(peers)
+    return {label: round(value, 3) for label, value in found.items()}
+
+
+def report(args: argparse.Namespace, size: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "what": "row_parallel_linear, bf16, microseconds an op in a CUDA graph",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit or os.environ.get("SGLANG_SYMM_COMMIT", ""),
+        "device": torch.cuda.get_device_name(),
+        "ranks": size,
+        "gpus": torch.cuda.device_count(),
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "command": " ".join(sys.argv),
+        "ops": args.ops,
+        "results": results,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json")
+    parser.add_argument("--ops", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--shapes", nargs="*", default=["8192x4096", "8192x14336"], help="NxK of a rank")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64])
+    parser.add_argument("--bandwidth", type=float, default=2930.0, help="GB/s, for `limit`")
+    args = parser.parse_args()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    shared = size > torch.cuda.device_count()
+    if shared:
+        dist.init_process_group("gloo")
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    group = Group(device="cuda", arena_bytes=512 << 20)
+    bench = Bench(group, args.ops, args.repeats)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    buffer = symm_mem.empty(max(n for n, _ in shapes) * max(args.tokens), dtype=torch.bfloat16, device="cuda")
+    symm_mem.rendezvous(buffer, dist.group.WORLD.group_name)
+    results = []
+    for n, k in shapes:
+        for m in args.tokens:
+            bytes_ = 2 * (n * k + m * k + m * n)
+            row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": round(bytes_ / args.bandwidth / 1e3, 2)}
+            fused_before = group.info()["fused_calls"]
+            for label, op in make_ops(m, n, k, group, buffer, not shared).items():
+                row[label] = summary(bench.time(op))
+            row["is_fused"] = group.info()["fused_calls"] > fused_before
+            row["ratios"] = ratios(row)
+            results.append(row)
+            if rank == 0:
+                figures = "  ".join(
+                    f"{k} {v['median']:.1f}" for k, v in row.items() if isinstance(v, dict) and "q1" in v
+                )
+                print(f"N {n:>5} K {k:>5} M {m:>2}  limit {row['limit']:.1f}  {figures}  {row['ratios']}", flush=True)
+    group.check()
+    if rank == 0 and args.json:
+        with open(args.json, "w") as file:
+            json.dump(report(args, size, results), file, indent=1)
+    dist.barrier()
+    group.destroy()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+// The instances of the decode kernel, one for each row of the table in gemm_config.cpp and each dtype, and their
+// launch.
+#include "base/driver_cuda.h"
+#include "fused/decode_sm90.cuh"
+
+namespace sglang_symm {
+
+namespace {
+
+using Kernel = void (*)(CUtensorMap, CUtensorMap, DecodeCuda);
+
+// A new tile shape touches this list and that table.
+template <class Type>
+Kernel find_kernel(const GemmConfig& c, int* threads) {
+  using namespace device;
+  Kernel found = nullptr;
+  const auto offer = [&](auto tile) {
+    using T = decltype(tile);
+    if (c.max_world != T::kWorld || c.tile_n != T::kTileN || c.tile_m != T::kTileM || c.boxes != T::kBoxes) return;
+    if (c.reducers != T::kReducers || c.stages > kMaxStages) return;
+    found = &decode<T>;
+    *threads = T::kThreads;
+  };
+  offer(Tile<Type, 2, 64, 16, 4, 4>{});
+  offer(Tile<Type, 2, 64, 64, 2, 4>{});
+  offer(Tile<Type, 4, 128, 16, 1, 4>{});
+  offer(Tile<Type, 4, 128, 64, 1, 8>{});
+  offer(Tile<Type, 8, 128, 16, 1, 4>{});
+  offer(Tile<Type, 8, 128, 64, 1, 8>{});
+  return found;
+}
+
+// Made for every call: an address that is freed and used again can never meet an old map.
+CUtensorMap map_of(const MatrixCuda& m, DType dtype, int box_rows) {
+  CUtensorMap map;
+  const CUtensorMapDataType type =
+      dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.row_stride) * 2};
+  const cuuint32_t box[2] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  check_driver(driver().tensor_map_encode_tiled(&map, type, 2, const_cast<void*>(m.data), sizes, strides, box, steps,
+                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+               "cuTensorMapEncodeTiled");
+  return map;
+}
+
+}  // namespace
+
+void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& x, const MatrixCuda& weight,
+                   cudaStream_t stream) {
+  const DType dtype = args.call.descriptor.dtype;
+  int threads = 0;
+  const Kernel kernel = dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config, &threads)
+                                                 : find_kernel<device::Float16>(config, &threads);
+  if (kernel == nullptr) fail(ErrorKind::system, "no decode kernel for ", to_string(config));
+  const int stage_columns = config.boxes * kBoxColumns;
+  args.k_steps = static_cast<int>((weight.columns + stage_columns - 1) / stage_columns);
+  args.stages = config.stages;
+  args.tiles = config.tiles;
+  args.two_shot = config.two_shot;
+  const size_t shared = shared_bytes(config);
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared)),
+             "cudaFuncSetAttribute of a fused kernel's shared memory");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
+  launch.blockDim = dim3(static_cast<unsigned>(threads));
+  launch.dynamicSmemBytes = shared;
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  check_cuda(
+      cudaLaunchKernelEx(&launch, kernel, map_of(weight, dtype, config.tile_n), map_of(x, dtype, config.tile_m), args),
+      "the launch of a fused kernel");
+}
+
+}  // namespace sglang_symm
