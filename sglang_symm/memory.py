@@ -47,14 +47,17 @@ class _ArenaContext:
 def use_symmetric_memory(group: Group, disabled: bool = False) -> contextlib.AbstractContextManager[None]:
     """A context in which this thread's allocations on the group's device come from the group's arena.
 
-    Nested, re-entrant, exception-safe. Does nothing when ``disabled``, when the group was made with symmetric memory
+    Nested, re-entrant, exception-safe. Left in another order than innermost first it raises ValueError, but is left:
+    the thread never stays inside. Does nothing when ``disabled``, when the group was made with symmetric memory
     off (``enable_symm_mem=False``) or has one rank. Local: ranks need not enter it alike. When the arena is full a
     tensor gets ordinary memory and a warning tells once; in a strict group it is torch.OutOfMemoryError.
 
     Raises:
-        ValueError: the group's communicator is ``process_group``: it has no arena.
+        TypeError: ``group`` is no Group. ValueError: the group's communicator is ``process_group``: it has no arena.
         RuntimeError: the group was destroyed, or the call is being traced: compiled code would lose the context.
     """
+    if not isinstance(group, Group):
+        raise TypeError(f"sglang_symm: use_symmetric_memory: expected a sglang_symm.Group, got {group!r}")
     if disabled or not group.symmetric_memory_enabled or group.world_size == 1:
         return contextlib.nullcontext()
     if _is_tracing():

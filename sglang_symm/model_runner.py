@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +15,12 @@ from sglang_symm.decode_graphs import DecodeGraphs, default_batch_sizes
 from sglang_symm.distributed.dp_attention import DpPaddingMode, ForwardBatch
 from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.parallel_state import ParallelState, initialize_model_parallel
+from sglang_symm.distributed.settings import sync_token_ids_across_tp
 from sglang_symm.layers.attention import TokenBatch
 from sglang_symm.models.config import LlamaConfig
 from sglang_symm.models.llama import LlamaForCausalLM, MlpGroup
 from sglang_symm.models.weights import load_weights
 from sglang_symm.sampling import SamplingParams, generator, sample
-
-
-def _sync_token_ids_from_environment() -> bool:
-    return os.environ.get("SYNC_TOKEN_IDS_ACROSS_TP", "").lower() in ("1", "true")
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class ServerArgs:
     max_batch: int = 8
     max_len: int = 1024
     padding_mode: DpPaddingMode | None = None
-    sync_token_ids: bool = field(default_factory=_sync_token_ids_from_environment)
+    sync_token_ids: bool = field(default_factory=sync_token_ids_across_tp)
     arena_bytes: int | None = None
     cuda_graphs: bool = True
     cuda_graph_batch_sizes: Sequence[int] | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,126 +19,33 @@ from sglang_symm.distributed.rendezvous import (
     ERROR_PREFIX,
     Deadline,
     Meeting,
+    check_agreement,
     default_store,
     host_identity,
     members_text,
     new_process_group,
+    problem_of,
 )
+from sglang_symm.distributed.settings import ALGORITHMS, GroupSettings, checked_device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
+
+    from sglang_symm.distributed.settings import SettingsArguments
+
+__all__ = ["ALGORITHMS", "PROCESS_GROUP", "SYMM", "Group", "GroupSettings", "Rendezvous"]
 
 SYMM = "symm"
 PROCESS_GROUP = "process_group"
-ALGORITHMS = ("auto", "one_shot", "two_shot", "two_shot_direct", "process_group")
 MAX_SYMM_WORLD = 16
-_DEFAULT_CPU_ARENA_BYTES = 64 << 20
 _GRACE = 5.0  # seconds
-
-
-def _env_bool(name: str, default: bool) -> bool:
-    text = os.environ.get(name, "").strip().lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "false", "no", "off"):
-        return False
-    if text:
-        raise ValueError(f"sglang_symm: expected {name} to be 0 or 1, got {text!r}")
-    return default
-
-
-def _env_number(name: str, default: float) -> float:
-    text = os.environ.get(name, "").strip()
-    if not text:
-        return default
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"sglang_symm: expected {name} to be a number, got {text!r}") from None
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """How a group behaves; equal on all its members.
-
-    Attributes:
-        arena_bytes: size of the arena on each rank, 0 for the device's default.
-        timeout: seconds that a call waits for its peers. first_timeout: seconds for the creation and the first call.
-        algo: the all-reduce algorithm, ``auto`` to choose by size.
-        pinned: choose independently of the number of tokens.
-        strict: a full arena is torch.OutOfMemoryError instead of ordinary memory with a warning.
-    """
-
-    arena_bytes: int
-    timeout: float
-    first_timeout: float
-    algo: str
-    pinned: bool
-    strict: bool
-
-    @staticmethod
-    def resolve(
-        device: torch.device,
-        *,
-        arena_bytes: int | None = None,
-        timeout: float | None = None,
-        first_timeout: float | None = None,
-        algo: str | None = None,
-        pinned: bool | None = None,
-        strict: bool | None = None,
-    ) -> GroupSettings:
-        """An argument, else its environment variable (SGLANG_SYMM_ARENA_BYTES, ...), else the default.
-
-        Raises ValueError, naming the variable, for a value that makes no sense.
-        """
-        if arena_bytes is None:
-            default_bytes = _DEFAULT_CPU_ARENA_BYTES if device.type == "cpu" else 0
-            arena_bytes = int(_env_number("SGLANG_SYMM_ARENA_BYTES", default_bytes))
-        if timeout is None:
-            timeout = _env_number("SGLANG_SYMM_TIMEOUT", 60.0)
-        if first_timeout is None:
-            first_timeout = _env_number("SGLANG_SYMM_FIRST_TIMEOUT", 600.0)
-        if algo is None:
-            algo = os.environ.get("SGLANG_SYMM_ALGO", "").strip() or "auto"
-        if pinned is None:
-            pinned = _env_bool("SGLANG_SYMM_PINNED", False)
-        if strict is None:
-            strict = _env_bool("SGLANG_SYMM_STRICT", False)
-        if arena_bytes < 0:
-            raise ValueError(f"sglang_symm: expected arena_bytes >= 0, got {arena_bytes}")
-        if not timeout > 0 or not first_timeout > 0:
-            raise ValueError(
-                f"sglang_symm: expected timeouts > 0 s, got timeout={timeout}, first_timeout={first_timeout}"
-            )
-        if algo not in ALGORITHMS:
-            raise ValueError(f"sglang_symm: expected algo to be one of {', '.join(ALGORITHMS)}, got {algo!r}")
-        return GroupSettings(arena_bytes, float(timeout), float(first_timeout), algo, bool(pinned), bool(strict))
-
-    def native(self) -> list[str]:
-        """As the native library reads them."""
-        return [
-            f"timeout={self.timeout!r}",
-            f"first_timeout={self.first_timeout!r}",
-            f"algo={self.algo}",
-            f"pinned={int(self.pinned)}",
-            f"strict={int(self.strict)}",
-        ]
 
 
 def _decide(configs: list[dict[str, Any]]) -> dict[str, Any]:
     """What member 0 makes of all members' configurations. Raises ValueError naming ranks that differ."""
-    for rank, config in enumerate(configs):
-        if "error" in config:
-            raise ValueError(f"{config['error']} (on rank {rank} of the group)")
-    reference = configs[0]
-    for rank, config in enumerate(configs):
-        for key in ("device", "communicator", "settings"):
-            if config[key] != reference[key]:
-                raise ValueError(
-                    f"sglang_symm: the members of a group disagree about {key}: "
-                    f"rank 0 has {reference[key]}, rank {rank} has {config[key]}"
-                )
-    communicator, note = reference["communicator"], ""
+    check_agreement(configs, "the members of a group", ignore=("host",))
+    communicator, note = configs[0]["communicator"], ""
     if communicator == SYMM and len(configs) > MAX_SYMM_WORLD:
         communicator = PROCESS_GROUP
         note = f"its {len(configs)} ranks are more than the {MAX_SYMM_WORLD} that share memory"
@@ -186,59 +94,54 @@ class Group:
         name: str | None = None,
         device: torch.device | str | None = None,
         communicator: str = SYMM,
-        arena_bytes: int | None = None,
-        timeout: float | None = None,
-        first_timeout: float | None = None,
-        algo: str | None = None,
-        pinned: bool | None = None,
-        strict: bool | None = None,
         symmetric_memory_enabled: bool = True,
+        **settings: Unpack[SettingsArguments],
     ) -> None:
         store = default_store()
-        pg = _as_process_group(process_group)
-        if name is None:
-            name = "world" if pg is dist.group.WORLD else "group"
+        # A wrong argument is told to the other members rather than raised here: they would wait for this rank in vain.
+        problem: Exception | None = None
+        meeting_timeout, config = 600.0, dict[str, Any]()
+        pg = cast(dist.ProcessGroup, dist.group.WORLD)
+        try:
+            pg = _as_process_group(process_group)
+        except ValueError as error:
+            if cast(Any, process_group) is dist.GroupMember.NON_GROUP_MEMBER:
+                raise
+            # Nobody knows which members: if the whole world makes the group, it is told; if not, nobody comes.
+            problem, meeting_timeout = error, _GRACE
+        default_name = "world" if pg is dist.group.WORLD else "group"
         self.ranks: list[int] = dist.get_process_group_ranks(pg)
         self.rank_in_group: int = pg.rank()
         self.world_size: int = pg.size()
-        self.device: torch.device = _as_device(device, pg)
         self.device_group: dist.ProcessGroup = pg
         self.cpu_group: dist.ProcessGroup = pg
         self.symmetric_memory_enabled: bool = symmetric_memory_enabled
         self._owned_process_groups: list[dist.ProcessGroup] = []
         self._owner_pid = os.getpid()
         self._destroyed = False
-
-        config: dict[str, Any] = {}
-        meeting_timeout = 600.0
         try:
+            if not isinstance(name, str | None):
+                raise ValueError(f"sglang_symm: expected name to be a str, got {name!r}")
+            self.device: torch.device = _as_device(device, pg)
             if communicator not in (SYMM, PROCESS_GROUP):
                 raise ValueError(
                     f"sglang_symm: expected communicator {SYMM!r} or {PROCESS_GROUP!r}, got {communicator!r}"
                 )
-            self.settings = GroupSettings.resolve(
-                self.device,
-                arena_bytes=arena_bytes,
-                timeout=timeout,
-                first_timeout=first_timeout,
-                algo=algo,
-                pinned=pinned,
-                strict=strict,
-            )
-            meeting_timeout = self.settings.first_timeout
-            config = {
-                "device": self.device.type,
-                "communicator": communicator,
-                "settings": [f"arena_bytes={self.settings.arena_bytes}", *self.settings.native()],
-                "host": host_identity(),
-            }
-        except ValueError as error:
-            # Told to the other members rather than raised here: they would wait for this rank in vain.
-            config = {"error": str(error)}
+            self.settings = GroupSettings.resolve(self.device, **settings)
+            meeting_timeout = self.settings.first_timeout if problem is None else _GRACE
+            config = {"device": self.device.type, "communicator": communicator, **asdict(self.settings)}
+            config["host"] = host_identity()
+        except Exception as error:
+            problem = problem or error
+        if problem is not None:
+            config = problem_of(problem)
 
-        label = f"{name}[{members_text(self.ranks)}]"
+        label = f"{name if isinstance(name, str) else default_name}[{members_text(self.ranks)}]"
         meeting = Meeting(store, label, self.rank_in_group, self.world_size, meeting_timeout)
-        decision = meeting.agree(config, _decide)
+        try:
+            decision = meeting.agree(config, _decide)
+        except dist.DistBackendError as error:
+            raise problem or error from None
         self.communicator: str = decision["communicator"]
         self.unique_name: str = f"{label}#{meeting.generation}"
         if decision["note"] and self.rank_in_group == 0:
@@ -303,11 +206,9 @@ class Group:
 
         Collective among ``ranks`` only. ``backend`` as in torch.distributed.new_group, other arguments as in Group.
         """
-        device = torch.device(kwargs.get("device") or "cpu")
-        settings = GroupSettings.resolve(
-            device, timeout=kwargs.get("timeout"), first_timeout=kwargs.get("first_timeout")
+        pg = new_process_group(
+            ranks, backend=backend, timeout=kwargs.get("timeout"), first_timeout=kwargs.get("first_timeout")
         )
-        pg = new_process_group(ranks, backend=backend, timeout=settings.timeout, first_timeout=settings.first_timeout)
         try:
             group = cls(pg, **kwargs)
         except BaseException:
@@ -405,6 +306,8 @@ class Group:
     def contains(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory lies in this group's arena."""
         self._check_usable("contains")
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{self._where('contains')}: expected a torch.Tensor, got {tensor!r}")
         return self.communicator == SYMM and torch.ops.sglang_symm._in_arena(tensor, self.unique_name)
 
     def check(self) -> None:
@@ -462,12 +365,14 @@ class Group:
 
     def _check_tensor(self, x: torch.Tensor, call: str) -> None:
         self._check_usable(call)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{self._where(call)}: expected a torch.Tensor, got {x!r}")
         if x.device != self.device:
             raise ValueError(f"{self._where(call)}: expected a tensor on {self.device}, got one on {x.device}")
 
     def _check_rank(self, rank: int, call: str) -> None:
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"{self._where(call)}: expected a rank from 0 to {self.world_size - 1}, got {rank}")
+        if not isinstance(rank, int) or not 0 <= rank < self.world_size:
+            raise ValueError(f"{self._where(call)}: expected a rank from 0 to {self.world_size - 1}, got {rank!r}")
 
     def _check_flat(self, whole: torch.Tensor, part: torch.Tensor, out: torch.Tensor, call: str) -> None:
         self._check_tensor(whole, call)
@@ -499,14 +404,20 @@ class Rendezvous:
     ) -> torch.Tensor:
         """The memory of rank ``peer``'s tensor as [*shape] of ``dtype``; default: as this rank's tensor.
 
-        A barrier comes between a rank's writing and another's reading.
+        A barrier comes between a rank's writing and another's reading. Raises ValueError for more bytes than the
+        tensor has (all ranks' have equally many).
         """
         self.group._check_usable("get_buffer")
         self.group._check_rank(peer, "get_buffer")
         size = list(self.tensor.shape if shape is None else shape)
-        view = torch.ops.sglang_symm._peer_view(
-            self.group.unique_name, peer, self.offsets[peer], size, dtype or self.tensor.dtype
-        )
+        dtype = dtype or self.tensor.dtype
+        asked = math.prod(size) * dtype.itemsize
+        if asked > self.tensor.nbytes:
+            raise ValueError(
+                f"{self.group._where('get_buffer')}: a view {size} of {dtype} takes {asked} bytes, "
+                f"the tensor of rank {peer} has {self.tensor.nbytes}"
+            )
+        view = torch.ops.sglang_symm._peer_view(self.group.unique_name, peer, self.offsets[peer], size, dtype)
         return cast(torch.Tensor, view)
 
     def barrier(self) -> None:
@@ -539,12 +450,10 @@ def mesh_process_group(mesh: DeviceMesh, dim: str | int | None = None) -> dist.P
 def _as_device(device: torch.device | str | None, process_group: dist.ProcessGroup) -> torch.device:
     if device is None:
         device = "cpu" if torch.device("cpu") in process_group._device_types else "cuda"
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"sglang_symm: expected a cpu or cuda device, got {device}")
-    if device.type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    return torch.device("cpu")
+    device = checked_device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def existing_group(process_group: dist.ProcessGroup, communicator: str = SYMM) -> Group | None:

@@ -317,7 +317,7 @@ def initialize_model_parallel(
             "enable_symm_mem": bool(enable_symm_mem),
             "device": device.type,
             "backend": backend,
-            **communicators(enable_symm_mem),
+            "SYNC_TOKEN_IDS_ACROSS_TP": sync_token_ids_across_tp(),
         }
     except Exception as error:  # the other ranks must hear of it, whatever it is
         problem, config = error, problem_of(error)

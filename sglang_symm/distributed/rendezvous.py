@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from sglang_symm.distributed.settings import GroupSettings
+
 ERROR_PREFIX = "error: "
 _PREFIX = "sglang_symm"
 _LAST_WORD_SECONDS = 1.0
@@ -213,6 +215,41 @@ class Meeting:
         return values
 
 
+def problem_of(error: Exception) -> dict[str, Any]:
+    """The configuration of a member that cannot take part, for ``check_agreement`` to tell everyone."""
+    sentence = str(error).split("\n\n")[0]
+    return {"error": sentence if isinstance(error, ValueError) else f"sglang_symm: {type(error).__name__}: {sentence}"}
+
+
+def check_agreement(configs: Sequence[Mapping[str, Any]], who: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """What a meeting decides: every member can, and all configurations are equal but for the keys of ``ignore``.
+
+    Returns nothing in particular ({}). Raises ValueError with a member's own problem, or with the keys in which one
+    differs from member 0.
+    """
+    for rank, config in enumerate(configs):
+        if "error" in config:
+            raise ValueError(f"{config['error']} (on rank {rank} of the group)")
+    reference = configs[0]
+    for rank, config in enumerate(configs):
+        keys = [key for key in reference if key not in ignore and config[key] != reference[key]]
+        if keys:
+            here, there = (", ".join(f"{key}={c[key]!r}" for key in keys) for c in (reference, config))
+            raise ValueError(
+                f"sglang_symm: {who} disagree about {', '.join(keys)}: rank 0 has {here}, rank {rank} has {there}"
+            )
+    return {}
+
+
+def checked_backend(backend: str | None) -> str | None:
+    """A backend of torch.distributed, or one for each device. Raises ValueError for an unknown one."""
+    names = [part.split(":")[-1].lower() for part in str(backend).split(",")]
+    if backend is not None and not set(names) <= set(dist.Backend.backend_list):
+        known = ", ".join(name for name in dist.Backend.backend_list if name != "undefined")
+        raise ValueError(f"sglang_symm: expected backend to be among {known}, or cpu:gloo,cuda:nccl; got {backend!r}")
+    return backend
+
+
 def host_identity() -> str:
     """Equal for processes that can meet on a Unix socket: same boot, same network namespace."""
     try:
@@ -231,7 +268,11 @@ def members_text(ranks: Sequence[int]) -> str:
 
 
 def new_process_group(
-    ranks: Sequence[int], *, backend: str | None = None, timeout: float = 60.0, first_timeout: float = 600.0
+    ranks: Sequence[int],
+    *,
+    backend: str | None = None,
+    timeout: float | None = None,
+    first_timeout: float | None = None,
 ) -> dist.ProcessGroup:
     """A process group made by its members only; collective among ``ranks`` (global, ascending).
 
@@ -240,7 +281,10 @@ def new_process_group(
     addresses of its predecessor in the store (both seen with torch 2.11: hangs). Here the members agree on a name
     that was never used.
 
-    Raises DistBackendError when a member does not come within ``first_timeout`` seconds.
+    ``timeout`` and ``first_timeout`` as of GroupSettings.
+
+    Raises DistBackendError when a member does not come within ``first_timeout`` seconds, ValueError on all members for
+    a wrong argument of one.
     """
     ranks = list(ranks)
     rank = dist.get_rank()
@@ -249,8 +293,18 @@ def new_process_group(
     if rank not in ranks:
         raise ValueError(f"sglang_symm: rank {rank} is not a member of the process group of ranks {ranks}")
     store = default_store()
-    meeting = Meeting(store, f"process_group[{members_text(ranks)}]", ranks.index(rank), len(ranks), first_timeout)
-    meeting.agree({})
+    seconds, problem, config = (60.0, 600.0), None, {}
+    try:
+        settings = GroupSettings.resolve(torch.device("cpu"), timeout=timeout, first_timeout=first_timeout)
+        seconds = (settings.timeout, settings.first_timeout)
+        config = {"backend": checked_backend(backend)}
+    except Exception as error:
+        problem, config = error, problem_of(error)
+    meeting = Meeting(store, f"process_group[{members_text(ranks)}]", ranks.index(rank), len(ranks), seconds[1])
+    try:
+        meeting.agree(config, lambda configs: check_agreement(configs, "the members of a process group"))
+    except dist.DistBackendError as error:
+        raise problem or error from None
     pg, _ = distributed_c10d._new_process_group_helper(
         len(ranks),
         ranks.index(rank),
@@ -258,7 +312,7 @@ def new_process_group(
         dist.Backend(backend or dist.get_backend()) if "," not in (backend or "") else backend,
         store,
         group_name=cast(Any, f"{_PREFIX}/{meeting.label}#{meeting.generation}"),
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=seconds[0]),
         group_desc=_PREFIX,
     )
     distributed_c10d._world.pg_group_ranks[pg] = {global_rank: i for i, global_rank in enumerate(ranks)}

@@ -48,12 +48,68 @@ def test_wrong_usage_is_a_value_error_before_anything_is_sent(group, name):
     assert works(group)
 
 
-def test_an_unsupported_dtype_is_an_error_on_every_rank_and_breaks_nothing(group):
-    error = raised(group.all_reduce, torch.ones(4, dtype=torch.complex64))
-    if error is not None:
-        assert isinstance(error, (ValueError, RuntimeError)), error
-        assert "omplex" in str(error)
+NO_TENSOR = {
+    "all_reduce": lambda g, x: g.all_reduce(x),
+    "all_reduce_": lambda g, x: g.all_reduce_(x),
+    "all_gather": lambda g, x: g.all_gather(x),
+    "all_gather_into_tensor": lambda g, x: g.all_gather_into_tensor(x, torch.ones(2)),
+    "reduce_scatter": lambda g, x: g.reduce_scatter(x),
+    "reduce_scatter_tensor": lambda g, x: g.reduce_scatter_tensor(torch.ones(2), x),
+    "broadcast": lambda g, x: g.broadcast(x),
+    "rendezvous": lambda g, x: g.rendezvous(x),
+    "contains": lambda g, x: g.contains(x),
+}
+
+
+@pytest.mark.parametrize("x", [None, [1.0], 3], ids=str)
+@pytest.mark.parametrize("name", NO_TENSOR)
+def test_what_is_no_tensor_is_a_type_error_with_a_sentence(group, name, x):
+    error = raised(NO_TENSOR[name], group, x)
+    assert isinstance(error, TypeError), error
+    assert str(error) == f"sglang_symm: {name} on group {group.unique_name}: expected a torch.Tensor, got {x!r}"
     assert works(group)
+
+
+@pytest.mark.parametrize("src", [None, 0.5, "0"], ids=str)
+def test_a_source_that_is_no_rank_is_a_value_error(group, src):
+    for call in (lambda: group.broadcast(torch.ones(1), src), lambda: group.broadcast_object(1, src)):
+        error = raised(call)
+        assert isinstance(error, ValueError), error
+        assert f"expected a rank from 0 to {group.world_size - 1}, got {src!r}" in str(error)
+    assert works(group)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "op"),
+    [
+        (torch.int16, "sum"),
+        (torch.uint16, "sum"),
+        (torch.uint32, "max"),
+        (torch.uint64, "sum"),
+        (torch.float8_e4m3fn, "sum"),
+        (torch.float8_e5m2, "max"),
+        (torch.complex64, "product"),
+    ],
+    ids=str,
+)
+def test_a_reduction_that_nobody_does_is_a_value_error_on_every_rank_before_anything_is_sent(group, dtype, op):
+    calls = group.info()["calls"]
+    x = torch.ones(4 * group.world_size).to(dtype)
+    attempts = [lambda: group.all_reduce(x, op), lambda: group.all_reduce_(x, op)]
+    if op == "sum":
+        attempts.append(lambda: group.reduce_scatter(x))
+    for attempt in attempts:
+        error = raised(attempt)
+        assert isinstance(error, ValueError), error
+        assert f"{op} of {str(dtype).removeprefix('torch.')}" in str(error)
+        assert group.unique_name in str(error)
+    assert group.info()["calls"] == calls
+    assert group.info()["broken"] is None
+    assert all(gather_objects(works(group)))
+    # Copied they are all the same.
+    y = group.broadcast(x.clone())
+    assert torch.equal(y.view(torch.uint8), x.view(torch.uint8))
+    assert group.all_gather(x).shape == (group.world_size * x.numel(),)
 
 
 # What rank 0 calls, what the last rank calls, and a word of each that the sentence names.

@@ -185,8 +185,9 @@ def test_a_late_member_is_waited_for(make, rank, size):
 def test_members_that_disagree_about_settings_all_raise_the_same_sentence(make, rank, size):
     error = raised(make, name="odd", algo="two_shot" if rank == size - 1 else "auto")
     assert isinstance(error, ValueError)
-    assert "disagree about settings" in str(error)
-    assert f"rank {size - 1}" in str(error)
+    assert str(error).endswith(
+        f"the members of a group disagree about algo: rank 0 has algo='auto', rank {size - 1} has algo='two_shot'"
+    )
     assert len(set(gather_objects(str(error)))) == 1
     error = raised(make, name="odd", communicator="symm" if rank else "process_group")
     assert isinstance(error, ValueError)
@@ -201,6 +202,69 @@ def test_a_wrong_setting_on_one_rank_is_raised_on_all(make, rank):
     assert "'fastest'" in str(error)
     assert "rank 1" in str(error)
     assert len(set(gather_objects(str(error)))) == 1
+
+
+WRONG = [
+    ({"device": "meta"}, "expected device to be cpu, cuda or cuda:N, got 'meta'"),
+    ({"device": "foo"}, "expected device to be cpu, cuda or cuda:N, got 'foo'"),
+    ({"device": "cuda:77"}, "device cuda:77: torch sees"),
+    ({"process_group": "x"}, "expected a ProcessGroup that this process belongs to, got 'x'"),
+    ({"timeout": "60"}, "expected timeout to be seconds, more than 0 and at most 1e9, got '60'"),
+    ({"first_timeout": float("nan")}, "expected first_timeout to be seconds, more than 0 and at most 1e9, got nan"),
+    ({"arena_bytes": "64M"}, "expected arena_bytes to be a whole number of bytes below 2**63, got '64M'"),
+    ({"arena_bytes": 1 << 70}, "expected arena_bytes to be a whole number of bytes below 2**63, got"),
+    ({"communicator": "x"}, "expected communicator 'symm' or 'process_group', got 'x'"),
+    ({"name": 3}, "expected name to be a str, got 3"),
+    ({"pinned": "no"}, "expected pinned to be 0 or 1, got 'no'"),
+    ({"arena_size": 1}, "expected settings among arena_bytes, "),
+    ({"SGLANG_SYMM_ARENA_BYTES": "inf"}, "expected SGLANG_SYMM_ARENA_BYTES to be a whole number of bytes below"),
+    ({"SGLANG_SYMM_STRICT": "maybe"}, "expected SGLANG_SYMM_STRICT to be 0 or 1, got 'maybe'"),
+]
+
+
+@several_ranks
+@pytest.mark.parametrize("wrong_rank", [0, 1])
+@pytest.mark.parametrize(("wrong", "sentence"), WRONG, ids=str)
+def test_any_wrong_argument_of_one_rank_is_told_to_all_at_once(rank, wrong_rank, wrong, sentence, monkeypatch):
+    arguments = {"arena_bytes": 8 << 20, "timeout": 20.0, "first_timeout": 40.0}
+    if rank == wrong_rank:
+        for name, value in wrong.items():
+            if name.isupper():
+                monkeypatch.setenv(name, value)
+                arguments.pop(name.removeprefix("SGLANG_SYMM_").lower(), None)
+            else:
+                arguments[name] = value
+    begin = time.monotonic()
+    error = raised(Group, **arguments)
+    assert isinstance(error, ValueError), error
+    assert time.monotonic() - begin < 20
+    assert str(error).startswith(f"sglang_symm: {sentence}")
+    assert str(error).endswith(f"(on rank {wrong_rank} of the group)")
+    assert len(set(gather_objects(str(error)))) == 1
+
+
+@several_ranks
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"timeout": "60"}, "expected timeout to be seconds"), ({"backend": "goo"}, "expected backend to be among")],
+    ids=str,
+)
+def test_a_wrong_argument_of_a_group_of_ranks_is_told_to_its_members(make, rank, size, wrong, sentence):
+    error = raised(make, list(range(size)), **(wrong if rank == size - 1 else {}))
+    assert isinstance(error, ValueError), error
+    assert sentence in str(error)
+    assert len(set(gather_objects(str(error)))) == 1
+    assert works(make(list(range(size))))
+
+
+@several_ranks
+def test_a_wrong_process_group_of_which_nobody_can_be_told_is_raised_soon(rank):
+    if rank == 0:
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match="expected a ProcessGroup"):
+            Group("tp")
+        assert time.monotonic() - begin < 15
+    gather_objects(None)
 
 
 @several_ranks

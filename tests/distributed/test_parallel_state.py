@@ -1,9 +1,11 @@
 """The groups of a process, and the behaviours of symmetric memory with data-parallel attention that rest on them."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import gather_objects, inputs, same_bits
+from distributed_cases import gather_objects, inputs, raised, same_bits
 
 import sglang_symm.distributed as sd
 import sglang_symm.memory as memory
@@ -235,6 +237,43 @@ def test_sizes_that_do_not_divide_are_named_and_nothing_is_made(size):
     with pytest.raises(ValueError, match=f"{size + 1} does not divide tensor_model_parallel_size {size}"):
         initialize(tensor_model_parallel_size=size, attention_data_parallel_size=size + 1)
     assert not sd.model_parallel_is_initialized()
+
+
+WRONG = [
+    ({"device": "foo"}, "expected device to be cpu, cuda or cuda:N, got 'foo'"),
+    ({"device": "cuda:77"}, "device cuda:77: torch sees"),
+    ({"tensor_model_parallel_size": "2"}, "expected tensor_model_parallel_size to be a whole number, got '2'"),
+    ({"attention_data_parallel_size": 1.0}, "expected attention_data_parallel_size to be a whole number, got 1.0"),
+    ({"backend": "goo"}, "expected backend to be among"),
+    ({"timeout": "60"}, "expected timeout to be seconds"),
+    ({"SYNC_TOKEN_IDS_ACROSS_TP": "maybe"}, "expected SYNC_TOKEN_IDS_ACROSS_TP to be 0 or 1, got 'maybe'"),
+    (
+        {"enable_symm_mem": True},
+        "the ranks of initialize_model_parallel disagree about enable_symm_mem: rank 0 has enable_symm_mem=False, "
+        "rank 1 has enable_symm_mem=True",
+    ),
+    ({"tensor_model_parallel_size": 1}, "the ranks of initialize_model_parallel disagree about tensor_model_"),
+]
+
+
+@several_ranks
+@pytest.mark.parametrize(("wrong", "sentence"), WRONG, ids=str)
+def test_a_wrong_argument_of_one_rank_is_told_to_all_at_once(size, rank, wrong, sentence, monkeypatch):
+    arguments = {"tensor_model_parallel_size": size}
+    if rank == 1:
+        for name, value in wrong.items():
+            if name.isupper():
+                monkeypatch.setenv(name, value)
+            else:
+                arguments[name] = value
+    begin = time.monotonic()
+    error = raised(initialize, **arguments)
+    assert isinstance(error, ValueError), error
+    assert time.monotonic() - begin < 20
+    assert str(error).startswith(f"sglang_symm: {sentence}")
+    assert len(set(gather_objects(str(error)))) == 1
+    monkeypatch.undo()
+    assert initialize(tensor_model_parallel_size=size).tp.all_reduce(torch.ones(1)).item() == size
 
 
 @two_by_two

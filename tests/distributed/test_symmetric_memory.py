@@ -54,6 +54,51 @@ def test_one_context_object_can_be_entered_again(group):
 
 
 @several_ranks
+def test_contexts_left_in_the_wrong_order_raise_and_leave_the_thread_outside(make):
+    first, second = make(name="first"), make(name="second")
+    outer, inner = memory.use_symmetric_memory(first), memory.use_symmetric_memory(second)
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(ValueError, match="innermost first"):
+        outer.__exit__(None, None, None)
+    assert inside(second)
+    inner.__exit__(None, None, None)
+    assert not inside(first)
+    assert not inside(second)
+    with pytest.raises(ValueError, match="this thread is inside none"):
+        outer.__exit__(None, None, None)
+    assert not inside(first)
+
+
+@several_ranks
+def test_a_context_that_another_thread_leaves_raises_there_and_stays_with_its_own(group):
+    context = memory.use_symmetric_memory(group)
+    errors = []
+
+    def leave():
+        try:
+            context.__exit__(None, None, None)
+        except ValueError as error:
+            errors.append(str(error))
+
+    with context:
+        thread = threading.Thread(target=leave)
+        thread.start()
+        thread.join()
+        assert inside(group)
+    assert not inside(group)
+    assert len(errors) == 1
+    assert "one thread" in errors[0]
+
+
+@pytest.mark.parametrize("wrong", ["x", None, 3])
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_thing_that_is_no_group_has_no_context(wrong, disabled):
+    with pytest.raises(TypeError, match=f"use_symmetric_memory: expected a sglang_symm.Group, got {wrong!r}"):
+        memory.use_symmetric_memory(wrong, disabled)
+
+
+@several_ranks
 def test_an_exception_leaves_the_context(group):
     with pytest.raises(ZeroDivisionError), memory.use_symmetric_memory(group):
         raise ZeroDivisionError
@@ -363,6 +408,25 @@ def test_views_of_peers_are_checked(group):
         handle.get_buffer(group.world_size)
     with pytest.raises(ValueError, match="bytes"):
         handle.get_buffer(0, [1 << 40])
+    group.barrier()
+
+
+@several_ranks
+def test_views_end_where_the_tensor_ends_and_not_the_arena(group):
+    x = memory.empty(6, group=group)
+    handle = group.rendezvous(x[1:5])
+    for shape, dtype, asked in (
+        ([5], None, 20),
+        ([17], torch.uint8, 17),
+        (None, torch.float64, 32),
+        ([1 << 62], torch.float32, 1 << 64),
+    ):
+        with pytest.raises(ValueError, match=f"takes {asked} bytes, the tensor of rank 0 has 16"):
+            handle.get_buffer(0, shape, dtype)
+    for shape, dtype in (([4], None), ([2, 2], None), ([16], torch.uint8), ([0], None)):
+        assert handle.get_buffer(0, shape, dtype).shape == tuple(shape)
+    with pytest.raises(ValueError, match="negative"):
+        handle.get_buffer(0, [-2, -2])
     group.barrier()
 
 

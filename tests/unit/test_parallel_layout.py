@@ -1,9 +1,14 @@
 """The arithmetic of ranks and the choice of communicators: no process group, no library."""
 
+import re
+
 import pytest
+import torch
 
 from sglang_symm.distributed.group import GroupSettings, _decide
 from sglang_symm.distributed.parallel_state import Layout, ParallelState, communicators
+from sglang_symm.distributed.settings import checked_device, sync_token_ids_across_tp
+from sglang_symm.model_runner import ServerArgs
 
 
 class FakeGroup:
@@ -75,7 +80,7 @@ def test_groups_that_do_not_fit_make_no_parallel_state():
 
 
 def config(**changes):
-    return {"device": "cpu", "communicator": "symm", "settings": ["algo=auto"], "host": "a"} | changes
+    return {"device": "cpu", "communicator": "symm", "timeout": 60.0, "algo": "auto", "host": "a"} | changes
 
 
 def test_equal_configurations_keep_the_communicator():
@@ -97,10 +102,19 @@ def test_more_than_sixteen_members_fall_back_to_the_process_group_and_say_so():
 
 
 @pytest.mark.parametrize(
-    "change", [{"device": "cuda"}, {"communicator": "process_group"}, {"settings": ["algo=two_shot"]}]
+    ("change", "sentence"),
+    [
+        ({"device": "cuda"}, "disagree about device: rank 0 has device='cpu', rank 2 has device='cuda'"),
+        ({"timeout": 5.0}, "disagree about timeout: rank 0 has timeout=60.0, rank 2 has timeout=5.0"),
+        (
+            {"communicator": "process_group", "algo": "two_shot"},
+            "disagree about communicator, algo: rank 0 has communicator='symm', algo='auto', "
+            "rank 2 has communicator='process_group', algo='two_shot'",
+        ),
+    ],
 )
-def test_members_that_disagree_are_named_with_both_values(change):
-    with pytest.raises(ValueError, match=r"disagree about .*rank 0 has.*rank 2 has"):
+def test_members_that_disagree_are_named_with_what_differs_alone(change, sentence):
+    with pytest.raises(ValueError, match=rf"{sentence}$"):
         _decide([config(), config(), config(**change)])
 
 
@@ -110,8 +124,6 @@ def test_a_member_s_own_error_is_everyone_s():
 
 
 def test_settings_come_from_arguments_then_the_environment_then_the_defaults(monkeypatch):
-    import torch
-
     cpu = torch.device("cpu")
     for name in ("ARENA_BYTES", "TIMEOUT", "FIRST_TIMEOUT", "ALGO", "PINNED", "STRICT"):
         monkeypatch.delenv(f"SGLANG_SYMM_{name}", raising=False)
@@ -124,13 +136,76 @@ def test_settings_come_from_arguments_then_the_environment_then_the_defaults(mon
     assert settings == GroupSettings(4096, 7.0, 600.0, "two_shot", False, False)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("ARENA_BYTES", "much"), ("ARENA_BYTES", "-1"), ("TIMEOUT", "0"), ("ALGO", "fast"), ("PINNED", "maybe")],
-)
-def test_a_wrong_environment_variable_is_named_with_its_value(monkeypatch, name, value):
-    import torch
+WRONG_TEXTS = [
+    *[("ARENA_BYTES", text, repr(text)) for text in ("64M", "inf", "nan", "1e30", "100000.7")],
+    *[("ARENA_BYTES", text, text) for text in ("-1", str(1 << 63))],
+    *[("TIMEOUT", text, text) for text in ("inf", "nan")],
+    ("TIMEOUT", "0", "0.0"),
+    ("TIMEOUT", "1e10", "10000000000.0"),
+    ("FIRST_TIMEOUT", "abc", "'abc'"),
+    ("ALGO", "fast", "'fast'"),
+    ("PINNED", "maybe", "'maybe'"),
+    ("STRICT", "2", "'2'"),
+]
 
-    monkeypatch.setenv(f"SGLANG_SYMM_{name}", value)
-    with pytest.raises(ValueError, match=value):
+
+@pytest.mark.parametrize(("name", "text", "got"), WRONG_TEXTS)
+def test_a_wrong_environment_variable_is_named_with_what_was_expected_and_its_value(monkeypatch, name, text, got):
+    monkeypatch.setenv(f"SGLANG_SYMM_{name}", text)
+    with pytest.raises(ValueError, match=rf"expected SGLANG_SYMM_{name} to be .*, got {re.escape(got)}$"):
         GroupSettings.resolve(torch.device("cpu"))
+
+
+WRONG_ARGUMENTS = [
+    {"arena_bytes": "64M"},
+    {"arena_bytes": 1e6},
+    {"arena_bytes": True},
+    {"arena_bytes": -1},
+    {"arena_bytes": 1 << 70},
+    {"timeout": "60"},
+    {"timeout": float("nan")},
+    {"first_timeout": float("inf")},
+    {"first_timeout": 0},
+    {"algo": ["auto"]},
+    {"pinned": "no"},
+    {"strict": 2},
+]
+
+
+@pytest.mark.parametrize("given", WRONG_ARGUMENTS, ids=str)
+def test_a_wrong_argument_is_named_with_its_value_and_what_was_expected(given):
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=rf"expected {name} to be .*, got {re.escape(repr(value))}"):
+        GroupSettings.resolve(torch.device("cpu"), **given)
+
+
+def test_an_unknown_setting_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"expected settings among arena_bytes, .*, got arena_size"):
+        GroupSettings.resolve(torch.device("cpu"), arena_size=5)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("meta", "expected device to be cpu, cuda or cuda:N, got 'meta'"),
+        ("foo", "got 'foo'"),
+        (None, "got 'None'"),
+        ("cuda:99", "device cuda:99: torch sees [0-9]+ CUDA device"),
+    ],
+)
+def test_a_device_that_is_none_is_named(device, message):
+    with pytest.raises(ValueError, match=message):
+        checked_device(device)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("", False), ("1", True), ("TRUE", True), (" yes ", True), ("on", True), ("0", False)]
+)
+def test_synchronised_token_ids_are_told_in_the_words_of_the_other_flags(monkeypatch, text, value):
+    monkeypatch.setenv("SYNC_TOKEN_IDS_ACROSS_TP", text)
+    assert sync_token_ids_across_tp() is value
+    assert (communicators(False)["attn_tp"] == "symm") is value
+    assert ServerArgs().sync_token_ids is value
+    monkeypatch.setenv("SYNC_TOKEN_IDS_ACROSS_TP", "maybe")
+    with pytest.raises(ValueError, match="expected SYNC_TOKEN_IDS_ACROSS_TP to be 0 or 1, got 'maybe'"):
+        sync_token_ids_across_tp()
