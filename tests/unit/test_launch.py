@@ -68,6 +68,7 @@ dist.init_process_group("gloo")
 x = torch.ones(1) * (dist.get_rank() + 1)
 dist.all_reduce(x)
 dist.get_rank() or print(x.item())
+dist.destroy_process_group()  # else gloo's threads end after the interpreter, at times by terminate()
 """
     code, out, err = launch(2, program)
     assert (code, out) == (0, "3.0\n"), err
