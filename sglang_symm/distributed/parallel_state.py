@@ -24,11 +24,23 @@ import torch
 import torch.distributed as dist
 
 from sglang_symm.distributed.dp_attention import DpPaddingMode, ForwardBatch
-from sglang_symm.distributed.group import PROCESS_GROUP, SYMM, Group, GroupSettings, mesh_process_group
-from sglang_symm.distributed.rendezvous import process_group_timeout
+from sglang_symm.distributed.group import PROCESS_GROUP, SYMM, Group, mesh_process_group
+from sglang_symm.distributed.rendezvous import (
+    Meeting,
+    check_agreement,
+    checked_backend,
+    default_store,
+    members_text,
+    problem_of,
+    process_group_timeout,
+)
+from sglang_symm.distributed.settings import GroupSettings, checked_device, sync_token_ids_across_tp
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
+
+    from sglang_symm.distributed.settings import SettingsArguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +80,7 @@ def communicators(enable_symm_mem: bool) -> dict[str, str]:
     """The communicator of each role: TP always symmetric; attention-TP if token ids are synchronised over it or
     symmetric memory is on.
     """
-    sync_token_ids = os.environ.get("SYNC_TOKEN_IDS_ACROSS_TP", "").strip().lower() in ("1", "true")
+    sync_token_ids = sync_token_ids_across_tp()
     return {
         "world": PROCESS_GROUP,
         "tp": SYMM,
@@ -269,12 +281,7 @@ def initialize_model_parallel(
     *,
     device: torch.device | str = "cpu",
     backend: str | None = None,
-    arena_bytes: int | None = None,
-    timeout: float | None = None,
-    first_timeout: float | None = None,
-    algo: str | None = None,
-    pinned: bool | None = None,
-    strict: bool | None = None,
+    **settings: Unpack[SettingsArguments],
 ) -> ParallelState:
     """Make the groups of this process and set them as the process default. Collective over the world.
 
@@ -287,32 +294,47 @@ def initialize_model_parallel(
         attention_data_parallel_size: divides it; attention-TP is the quotient.
         device: ``cpu``, or ``cuda`` for the GPU of LOCAL_RANK. backend: of the process groups; default ``gloo`` on
             CPU, both else.
-        others: see Group.
+        settings: arena_bytes, timeout, first_timeout, algo, pinned, strict of every group; see Group.
 
     Raises:
-        RuntimeError: there is a default already. ValueError: sizes that do not divide.
+        RuntimeError: there is a default already. ValueError: sizes that do not divide; a wrong argument or environment
+        variable of any rank, or ranks that disagree about the arguments, on all ranks.
         torch.distributed.DistBackendError: a rank did not come within ``first_timeout``.
     """
     global _default
     if _default is not None:
         raise RuntimeError("sglang_symm: model parallel groups exist already; call destroy_model_parallel() first")
-    device = _local_device(device)
-    settings = GroupSettings.resolve(
-        device,
-        arena_bytes=arena_bytes,
-        timeout=timeout,
-        first_timeout=first_timeout,
-        algo=algo,
-        pinned=pinned,
-        strict=strict,
-    )
-    backend = backend or ("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    problem: Exception | None = None
+    seconds, config = (60.0, 600.0), dict[str, Any]()
+    try:
+        device = _local_device(device)
+        resolved = GroupSettings.resolve(device, **settings)
+        seconds = (resolved.timeout, resolved.first_timeout)
+        backend = checked_backend(backend) or ("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        config = {
+            "tensor_model_parallel_size": _whole("tensor_model_parallel_size", tensor_model_parallel_size),
+            "attention_data_parallel_size": _whole("attention_data_parallel_size", attention_data_parallel_size),
+            "enable_symm_mem": bool(enable_symm_mem),
+            "device": device.type,
+            "backend": backend,
+            "SYNC_TOKEN_IDS_ACROSS_TP": sync_token_ids_across_tp(),
+        }
+    except Exception as error:  # the other ranks must hear of it, whatever it is
+        problem, config = error, problem_of(error)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
-    layout = Layout.of(dist.get_rank(), dist.get_world_size(), tensor_model_parallel_size, attention_data_parallel_size)
+        dist.init_process_group("gloo" if problem else backend, timeout=timedelta(seconds=seconds[0]))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    meeting = Meeting(
+        default_store(), f"initialize_model_parallel[{members_text(range(size))}]", rank, size, seconds[1]
+    )
+    try:
+        meeting.agree(config, lambda configs: check_agreement(configs, "the ranks of initialize_model_parallel"))
+    except dist.DistBackendError as error:
+        raise problem or error from None
+    layout = Layout.of(rank, size, tensor_model_parallel_size, attention_data_parallel_size)
 
     def make(ranks: tuple[int, ...], **kwargs: Any) -> Group:
-        return _make_group(ranks, backend, device=device, **kwargs, **dataclasses.asdict(settings))
+        return _make_group(ranks, cast(str, backend), device=device, **kwargs, **dataclasses.asdict(resolved))
 
     _default = _make_state(layout, make, enable_symm_mem)
     return _default
@@ -354,12 +376,18 @@ def _make_group(ranks: Sequence[int], backend: str, **kwargs: Any) -> Group:
 
 
 def _local_device(device: torch.device | str) -> torch.device:
-    device = torch.device(device)
+    device = checked_device(device)
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"sglang_symm: expected {name} to be a whole number, got {value!r}")
+    return value
 
 
 def destroy_model_parallel() -> None:
