@@ -80,6 +80,13 @@ void SignalCpu::await(const Call& call, const Present& present) {
       continue;
 
     if (closing_.load(std::memory_order_acquire)) {
+      AbortRecord
+          gone{};  // written before this rank raises: a peer that still reads its tensor must not end the call well
+      gone.kind = AbortKind::left;
+      gone.culprits = 1u << rank_;
+      gone.epoch = call.epoch;
+      gone.expected = call.descriptor;
+      report(gone, rank_);
       fail(ErrorKind::communication, "group '", group_, "' was destroyed by another thread of rank ", rank_,
            " while it waited for rank ", peer, " in call ", call.epoch, ", ", to_string(call.descriptor));
     }

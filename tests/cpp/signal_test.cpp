@@ -106,6 +106,7 @@ TEST(Signal, ClosingWakesACallThatWaits) {
   EXPECT_THROW(ranks[0].arrive(call), Error);
   EXPECT_LT(now_ns() - start, int64_t{5} * 1'000'000'000);
   closer.join();
+  EXPECT_NE(ranks[1].failure().find("rank(s) 0 left"), std::string::npos) << "a peer may still read this rank's tensor";
 }
 
 TEST(Signal, ARecordWhoseWriterStoppedIsReadByNobody) {
