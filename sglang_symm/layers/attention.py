@@ -99,8 +99,8 @@ class Attention:
             keys, values = keys[batch.slot_ids], values[batch.slot_ids]
         keys, values = keys[:, :, : batch.longest], values[:, :, : batch.longest]
         if q.is_cuda:
-            # Query heads that share a key/value head as rows of one query. With a mask and enable_gqa PyTorch's CUDA
-            # kernels do not apply, and what it does instead copies the cache for every query head, in fp32.
+            # Query heads that share a key/value head as rows of one query: with a mask and enable_gqa PyTorch may copy
+            # the cache for every query head instead.
             rows = q.unflatten(1, (keys.shape[1], -1))
             return F.scaled_dot_product_attention(rows, keys, values, attn_mask=batch.mask).flatten(1, 2)
         y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=batch.mask, enable_gqa=True)
