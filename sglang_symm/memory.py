@@ -56,9 +56,11 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> contextlib.Abs
         TypeError: ``group`` is no Group. ValueError: the group's communicator is ``process_group``: it has no arena.
         RuntimeError: the group was destroyed, or the call is being traced: compiled code would lose the context.
     """
-    if not isinstance(group, Group):
+    if disabled:
+        return contextlib.nullcontext()
+    if not hasattr(group, "symmetric_memory_enabled"):  # whatever behaves as a Group will do
         raise TypeError(f"sglang_symm: use_symmetric_memory: expected a sglang_symm.Group, got {group!r}")
-    if disabled or not group.symmetric_memory_enabled or group.world_size == 1:
+    if not group.symmetric_memory_enabled or group.world_size == 1:
         return contextlib.nullcontext()
     if _is_tracing():
         raise RuntimeError(
