@@ -8,7 +8,8 @@ import sys
 
 from ._version import __version__
 
-# Command -> (module with add_arguments(parser) and main(args) -> exit status, what it does). Only the module of the
+# Command -> (module with add_arguments(parser) and main(args) -> exit status, what it does). args.words is the command
+# line that args came from. Only the module of the
 # command in use is imported, so `env` works where others cannot.
 COMMANDS = {
     "env": ("env_report", "what this machine has, and whether the native library fits it"),
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(f".{module_name}", __package__)
     parser = argparse.ArgumentParser(prog=f"python -m sglang_symm {name}", description=what)
     module.add_arguments(parser)
-    status: int = module.main(parser.parse_args(rest))
+    args = parser.parse_args(rest)
+    args.words = rest  # for the ranks that a command starts
+    status: int = module.main(args)
     return status
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from sglang_symm.distributed.launch import run_ranks, under_launcher
 from sglang_symm.distributed.parallel_state import destroy_model_parallel
+from sglang_symm.distributed.settings import checked_device
 from sglang_symm.model_runner import Completion, ModelRunner, ServerArgs
 from sglang_symm.models.config import LlamaConfig
 from sglang_symm.models.gguf import converted
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         LlamaConfig.from_folder(folder)
         if under_launcher():
             return _run_rank(args, folder)
-        return run_ranks(args.tp, [sys.executable, "-m", "sglang_symm", "generate", *sys.argv[2:]])
+        return run_ranks(args.tp, [sys.executable, "-m", "sglang_symm", "generate", *args.words], quiet=(2,))
     except (ValueError, OSError, ImportError) as error:
         # One voice for what all ranks see alike.
         if int(os.environ.get("RANK", 0)) == 0:
@@ -94,19 +95,26 @@ def main(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.tp < 1 or args.attention_dp < 1 or args.tp % args.attention_dp:
         raise ValueError(f"--tp {args.tp} does not divide by --attention-dp {args.attention_dp}")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: expected a CUDA device, but torch sees none (nvidia-smi tells why)")
+    for flag, value in (("--max-batch", args.max_batch), ("--max-len", args.max_len), ("--arena-mib", args.arena_mib)):
+        if value is not None and not 1 <= value < 1 << 40:
+            raise ValueError(f"expected {flag} at least 1, got {value}")
+    checked_device(args.device)
+    _params(args)
     if args.compare_transformers and (args.temperature > 0 or args.dtype != "float32"):
         raise ValueError(
             "--compare-transformers compares greedy tokens in fp32: expected --temperature 0 --dtype float32"
         )
 
 
-def _run_rank(args: argparse.Namespace, folder: Path) -> int:
-    """What one rank does; rank 0 prints."""
-    params = SamplingParams(
+def _params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, ignore_eos=args.ignore_eos
     )
+
+
+def _run_rank(args: argparse.Namespace, folder: Path) -> int:
+    """What one rank does; rank 0 prints."""
+    params = _params(args)
     tokenizer = Tokenizer(folder)
     encode = tokenizer.chat if args.chat or (tokenizer.chat_template and not args.raw) else tokenizer.encode
     prompts = [encode(prompt) for prompt in args.prompt]

@@ -20,7 +20,7 @@ from sglang_symm.layers.attention import TokenBatch
 from sglang_symm.models.config import LlamaConfig
 from sglang_symm.models.llama import LlamaForCausalLM, MlpGroup
 from sglang_symm.models.weights import load_weights
-from sglang_symm.sampling import SamplingParams, generator, sample
+from sglang_symm.sampling import SamplingParams, first_without_choice, generator, sample
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class ServerArgs:
     arena_bytes                     symmetric memory of a group; None for the group's default
     cuda_graphs                     on GPUs decode steps replay CUDA graphs, captured when the runner is made (with
                                     padding_mode None or MAX_LEN); larger batches run eagerly
-    cuda_graph_batch_sizes          of a DP rank; None for 1, 2, 4, ... max_batch"""
+    cuda_graph_batch_sizes          of a DP rank; None for 1, 2, 4, ... max_batch
+
+    Raises ValueError for a max_batch or max_len below 1."""
 
     tensor_parallel_size: int = 1
     attention_data_parallel_size: int = 1
@@ -54,6 +56,11 @@ class ServerArgs:
     arena_bytes: int | None = None
     cuda_graphs: bool = True
     cuda_graph_batch_sizes: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} at least 1, got {getattr(self, name)}")
 
 
 @dataclass
@@ -155,7 +162,8 @@ class ModelRunner:
         params: one for all prompts or one each. Prompt i belongs to DP rank i mod attention_data_parallel_size; a DP
         rank with nothing to do takes part with zero tokens until all have finished. on_token(prompt's index, token):
         called for prompts of this DP rank.
-        Raises ValueError for an empty prompt, an unknown token, or more than `max_len` tokens; DistBackendError when a
+        Raises ValueError for an empty prompt, an unknown token, or more than `max_len` tokens, and, on all ranks, when
+        the model's logits for a prompt are no numbers; DistBackendError when a
         peer died or did not come: no token that was computed after that is handed out."""
         requests = self._requests(prompts, params)
         dp_rank, dp_size, wave_size = self.state.attn_dp_rank, self.state.attn_dp_size, self.args.max_batch
@@ -198,6 +206,7 @@ class ModelRunner:
             logits = self._forward(tokens, starts, lengths, is_extend)
             if logits is None:
                 return
+            self._check_logits(running, logits)
             self._hand_out(running, logits, on_token)
             self._count(len(tokens), time.perf_counter() - began, is_extend)
             running = self._drop_finished(running)
@@ -207,7 +216,7 @@ class ModelRunner:
 
     def _forward(self, tokens: list[int], starts: list[int], lengths: list[int], is_extend: bool) -> Tensor | None:
         """Logits [sequences, V] of each sequence's last token; None when no DP rank has a token left."""
-        counts = self.state.exchange_token_counts(len(tokens))
+        counts = self._exchange_counts(len(tokens))
         if not any(counts):
             return None
         if self.graphs is not None and not is_extend and self.graphs.covers(counts):
@@ -217,6 +226,26 @@ class ModelRunner:
             token_ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
             hidden = self.model(token_ids, batch, self.cache)
             return self.model.logits(hidden[batch.last_rows])
+
+    def _exchange_counts(self, count: int) -> list[int]:
+        """The number of tokens of each DP rank. A negative one, -1 - i, says that prompt i cannot go on: all ranks
+        raise ValueError."""
+        counts = self.state.exchange_token_counts(count)
+        failed = [-1 - count for count in counts if count < 0]
+        if failed:
+            raise ValueError(
+                f"the model's logits for prompt {failed[0]} hold NaN or infinity: expected numbers. Its weights hold "
+                f"such values, or {str(self.args.dtype).removeprefix('torch.')} is too narrow for it"
+            )
+        return counts
+
+    def _check_logits(self, running: list[_Request], logits: Tensor) -> None:
+        """Raise ValueError when there is no likeliest token. The other DP ranks, whose logits may be fine, are waiting
+        in the exchange of the next step, and raise too."""
+        row = first_without_choice(logits)
+        if row is not None:
+            self.check()  # a broken group computes anything
+            self._exchange_counts(-1 - running[row].index)
 
     def _hand_out(self, running: list[_Request], logits: Tensor, on_token: Callable[[int, int], None] | None) -> None:
         """Sample a token for each request. The groups are checked first: what a broken group computed is never a

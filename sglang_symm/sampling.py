@@ -37,6 +37,7 @@ class SamplingParams:
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("seed", -(1 << 63) <= self.seed < 1 << 64, "a number of 64 bits"),
         ):
             if not good:
                 raise ValueError(f"expected {name} {expected}, got {getattr(self, name)}")
@@ -46,6 +47,13 @@ def generator(params: SamplingParams) -> torch.Generator:
     """The random numbers of one request, alike on every rank (on the CPU whatever the device, so that a layout does not
     matter)."""
     return torch.Generator().manual_seed(params.seed)
+
+
+def first_without_choice(logits: Tensor) -> int | None:
+    """The first row of logits [n, V] that says nothing, because it holds NaN or infinity or is empty of numbers."""
+    largest = logits.amax(dim=-1)  # NaN if any is
+    rows = (~largest.isfinite()).nonzero()
+    return int(rows[0]) if len(rows) else None
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> list[int]:

@@ -85,7 +85,7 @@ def _launch(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> int
     with tempfile.TemporaryDirectory(prefix="sglang_symm-bench-") as folder:
         raw = str(Path(folder) / "rows.json")
         rows = _mpi_rows(args, wanted, peers)
-        command = [sys.executable, "-m", "sglang_symm", "bench", *sys.argv[2:], "--raw", raw]
+        command = [sys.executable, "-m", "sglang_symm", "bench", *args.words, "--raw", raw]
         # One thread a rank, as a rank of an engine has beside its compute threads.
         status = run_ranks(args.nproc, command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if status not in (0, 1) or not Path(raw).exists():
@@ -249,7 +249,7 @@ def _environment(args: argparse.Namespace, world_size: int, empty_us: float) -> 
         "python": platform.python_version(),
         "rounds": args.rounds,
         "empty_op_us": round(empty_us, 2),
-        "command": "python -m sglang_symm bench " + " ".join(w for w in sys.argv[2:] if w != "--raw" and w != args.raw),
+        "command": "python -m sglang_symm bench " + " ".join(w for w in args.words if w != "--raw" and w != args.raw),
     }
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import IO, Any
@@ -70,6 +70,7 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     timeout: float | None = None,
     grace: float = 5.0,
+    quiet: Collection[int] = (),
 ) -> int:
     """Run ``argv`` as ``nproc`` ranks on this host; returns the exit code.
 
@@ -80,6 +81,7 @@ def run_ranks(
 
     Args:
         env: added to this process's environment. timeout: seconds for all of it; None: no limit.
+        quiet: exit codes that the ranks explain themselves: nothing is added to what they print.
 
     Returns 0 if all ranks returned 0, else the code of the first that failed (128 + N for signal N), 124 after
     ``timeout``, 130 after Ctrl-C. Raises ValueError for nproc < 1.
@@ -108,7 +110,7 @@ def run_ranks(
                     prefix = f"[rank {rank}] " if nproc > 1 else ""
                     readers.append(threading.Thread(target=_forward, args=(stream, prefix.encode(), lock), daemon=True))
                     readers[-1].start()
-        return _supervise(ranks, timeout, grace)
+        return _supervise(ranks, timeout, grace, quiet)
     except KeyboardInterrupt:
         _end(ranks, grace)
         return 128 + signal.SIGINT
@@ -120,14 +122,18 @@ def run_ranks(
         restore()
 
 
-def _supervise(ranks: Sequence[subprocess.Popen[bytes]], timeout: float | None, grace: float) -> int:
+def _supervise(
+    ranks: Sequence[subprocess.Popen[bytes]], timeout: float | None, grace: float, quiet: Collection[int]
+) -> int:
     end = None if timeout is None else time.monotonic() + timeout
     while True:
         codes = [child.poll() for child in ranks]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             rank, code = failed[0]
-            _say(f"rank {rank} {_describe(code)}; the other ranks get {grace:g} s to end")
+            if code not in quiet:
+                left = any(code is None for code in codes)
+                _say(f"rank {rank} {_describe(code)}" + (f"; the other ranks get {grace:g} s to end" if left else ""))
             _wait(ranks, grace)
             _end(ranks, grace)
             return code if code > 0 else 128 - code

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_symm.models.config import read_json
+
 
 class Tokenizer:
     """`encode(text) -> ids`, `chat(text) -> ids` through the model's chat template, `decode(ids) -> text`.
 
-    Raises FileNotFoundError if the folder has no tokenizer.json, ImportError without the package tokenizers."""
+    Raises FileNotFoundError if the folder has no tokenizer.json, ValueError that names a file which cannot be read,
+    ImportError without the package tokenizers."""
 
     def __init__(self, folder: str | Path) -> None:
         try:
@@ -23,9 +26,12 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"expected a tokenizer.json, found none in {folder}")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer: {error}") from error
         settings = folder / "tokenizer_config.json"
-        self._settings: dict[str, Any] = json.loads(settings.read_text()) if settings.is_file() else {}
+        self._settings: dict[str, Any] = read_json(settings) if settings.is_file() else {}
         template = folder / "chat_template.jinja"
         self.chat_template: str | None = (
             template.read_text() if template.is_file() else self._settings.get("chat_template")
@@ -50,19 +56,23 @@ class Tokenizer:
             raise ValueError(
                 "the model has no chat template: expected chat_template.jinja or one in tokenizer_config.json"
             )
-        from jinja2.sandbox import (
-            ImmutableSandboxedEnvironment,
-        )  # a template comes with a download: it may not run code
+        from jinja2 import TemplateError
+
+        # A template comes with a download: it may not run code.
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
-        return environment.from_string(self.chat_template).render(
-            messages=[{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            raise_exception=_raise,
-            strftime_now=lambda form: datetime.datetime.now().strftime(form),
-            **{name: self._special(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
-        )
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=[{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                raise_exception=_raise,
+                strftime_now=lambda form: datetime.datetime.now().strftime(form),
+                **{name: self._special(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
+            )
+        except TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
 
     def _special(self, name: str) -> str:
         token = self._settings.get(name) or ""

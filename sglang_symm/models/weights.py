@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang_symm.layers.sharding import WeightError, load_shard
+from sglang_symm.models.config import read_json
 
 __all__ = ["Checkpoint", "WeightError", "load_weights"]
 
@@ -25,6 +25,7 @@ class _Slice:
     def __init__(self, lazy: Any) -> None:
         self._lazy = lazy
         self.shape = tuple(lazy.get_shape())
+        self.dtype: str = lazy.get_dtype()  # as safetensors calls them: F32, BF16, I64, ...
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
         return self._lazy[index]
@@ -33,18 +34,21 @@ class _Slice:
 class Checkpoint:
     """The tensors of a folder: one `*.safetensors`, or several with `model.safetensors.index.json`.
 
-    Raises FileNotFoundError when the folder, its weights or a file named by its index are missing, ImportError without
-    safetensors."""
+    Raises FileNotFoundError when the folder, its weights or a file named by its index are missing, WeightError that
+    names a file which cannot be read, ImportError without safetensors."""
 
     def __init__(self, folder: str | Path) -> None:
         try:
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
         except ImportError as error:
             raise ImportError("reading weights needs safetensors: pip install 'sglang-symm[models]'") from error
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise WeightError(f"expected {index} to hold a weight_map of file names")
+            files = sorted(set(weight_map.values()))
         else:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not files:
@@ -55,7 +59,12 @@ class Checkpoint:
                 f"{index.name} in {self.folder} names files that are not there: {', '.join(absent)}"
             )
         # Mapped, not read: an open file costs address space only.
-        self._files = [safe_open(self.folder / name, framework="pt") for name in files]
+        self._files = []
+        for name in files:
+            try:
+                self._files.append(safe_open(self.folder / name, framework="pt"))
+            except SafetensorError as error:
+                raise WeightError(f"{self.folder / name} is no whole safetensors file: {error}") from error
         self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  (it is no dict)
 
     def names(self) -> set[str]:
@@ -87,7 +96,8 @@ def load_weights(model: nn.Module, folder: str | Path, progress: bool = False) -
     device.
 
     progress: show a bar on stderr (give it on one rank). Local: no communication.
-    Raises WeightError that names missing, unknown and wrongly shaped weights, with expected and found shapes, before
+    Raises WeightError that names missing, unknown and wrongly shaped weights, with expected and found shapes, or of no
+    floating dtype, before
     anything is loaded; FileNotFoundError when there are no weights."""
     checkpoint = Checkpoint(folder)
     needed = checkpoint_parameters(model)
@@ -105,6 +115,8 @@ def load_weights(model: nn.Module, folder: str | Path, progress: bool = False) -
         expected, found = parameter.shards[part].shape, checkpoint[name].shape  # type: ignore[attr-defined]
         if expected != found:
             problems.append(f"{name}: expected shape {list(expected)}, found {list(found)}")
+        if not checkpoint[name].dtype.startswith(("F", "BF")):
+            problems.append(f"{name}: expected a floating dtype, found {checkpoint[name].dtype}")
     if problems:
         shown = "\n  ".join(problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""

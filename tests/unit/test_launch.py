@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """
 import sys
 from sglang_symm.distributed.launch import run_ranks
-sys.exit(run_ranks(int(sys.argv[1]), [sys.executable, "-c", sys.argv[2]], grace=float(sys.argv[3]), timeout=TIMEOUT))
+sys.exit(run_ranks(int(sys.argv[1]), [sys.executable, "-c", sys.argv[2]], grace=float(sys.argv[3]), **OPTIONS))
 """
 
 
-def start(nproc, program, grace=1.0, timeout=None):
+def start(nproc, program, grace=1.0, **options):
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH.replace("TIMEOUT", repr(timeout)), str(nproc), program, str(grace)],
+        [sys.executable, "-c", LAUNCH.replace("OPTIONS", repr(options)), str(nproc), program, str(grace)],
         env=env | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -96,6 +96,13 @@ def test_the_first_failure_ends_the_others_and_gives_the_exit_code():
     assert code == 7
     assert "rank 1 exited with code 7" in err
     assert time.monotonic() - begin < 30
+
+
+def test_nothing_is_said_of_other_ranks_where_there_are_none_or_of_a_code_that_the_ranks_explain():
+    code, _, err = launch(1, "import sys; sys.exit(7)")
+    assert (code, err) == (7, "sglang_symm: rank 0 exited with code 7\n")
+    code, _, err = launch(2, "import sys; sys.exit(2)", quiet=(2,))
+    assert (code, err) == (2, "")
 
 
 def test_a_rank_killed_by_a_signal_is_named():

@@ -55,6 +55,19 @@ def test_a_whole_config_is_read() -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads 8 does not divide by num_key_value_heads 3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "expected rope_type .* found 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "expected partial_rotary_factor 1.0, found 0.5"),
+        ({"hidden_size": "64"}, "expected hidden_size to be a positive whole number, found '64'"),
+        ({"num_hidden_layers": 2.5}, "expected num_hidden_layers to be a positive whole number, found 2.5"),
+        ({"num_attention_heads": 0}, "expected num_attention_heads to be a positive whole number, found 0"),
+        ({"vocab_size": True}, "expected vocab_size to be a positive whole number, found True"),
+        ({"rms_norm_eps": "1e-5"}, "expected rms_norm_eps to be a positive number, found '1e-5'"),
+        ({"head_dim": 7}, "expected an even head_dim, .* found 7"),
+        ({"num_attention_heads": 128}, "expected an even head_dim, .* found 0"),
+        ({"rope_theta": -1.0}, "expected rope_theta to be a positive number, found -1.0"),
+        ({"rope_scaling": [1]}, "expected rope_scaling to be an object"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' lacks factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3' lacks low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "expected factor to be a positive number, found '2'"),
+        ({"eos_token_id": "</s>"}, "expected eos_token_id to be a whole number or a list of them"),
     ],
 )
 def test_what_cannot_be_run_is_an_error_that_says_so(change: dict, message: str) -> None:
@@ -71,4 +84,13 @@ def test_a_folder_is_read_with_the_stop_tokens_of_its_generation_config(tmp_path
 
 def test_a_folder_without_config_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"found none in {tmp_path}"):
+        LlamaConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_file_that_holds_no_json_object_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MINIMAL))
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=str(tmp_path / name)):
         LlamaConfig.from_folder(tmp_path)

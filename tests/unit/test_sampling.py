@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_symm.sampling import SamplingParams, generator, sample
+from sglang_symm.sampling import SamplingParams, first_without_choice, generator, sample
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
 
@@ -65,9 +65,20 @@ def test_any_float_dtype_is_sampled(dtype: torch.dtype) -> None:
         ({"max_new_tokens": 0}, "expected max_new_tokens at least 1, got 0"),
         ({"temperature": -1.0}, "expected temperature at least 0, got -1.0"),
         ({"top_k": -1}, "expected top_k at least 0, got -1"),
+        ({"seed": 1 << 64}, "expected seed a number of 64 bits, got 18446744073709551616"),
+        ({"seed": -(1 << 63) - 1}, "expected seed a number of 64 bits"),
         ({"top_p": 0.0}, r"expected top_p in \(0, 1\], got 0.0"),
     ],
 )
 def test_values_out_of_range_are_errors(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**values)
+
+
+def test_a_row_without_a_likeliest_token_is_found() -> None:
+    row = torch.tensor([1.0, 2.0, -torch.inf])
+    assert first_without_choice(torch.stack([row, row])) is None
+    assert first_without_choice(torch.empty(0, 3)) is None
+    for bad in (torch.nan, torch.inf):
+        assert first_without_choice(torch.stack([row, torch.tensor([1.0, bad, 0.0])])) == 1
+    assert first_without_choice(torch.full((1, 3), -torch.inf)) == 0

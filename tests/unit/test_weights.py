@@ -138,6 +138,26 @@ def test_weights_are_converted_to_the_model_s_dtype(folder: Path) -> None:
     assert torch.equal(model.lm_head.weight, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_weights_of_no_floating_dtype_are_refused(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+    with pytest.raises(WeightError, match=r"lm_head.weight: expected a floating dtype, found (I32|BOOL)"):
+        load_weights(model_of(folder), copy_of(folder, tmp_path / "ints", tensors))
+
+
+def test_a_file_that_is_not_whole_is_named(folder: Path, tmp_path: Path) -> None:
+    broken = copy_of(folder, tmp_path / "broken", load_file(folder / "model.safetensors"))
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(WeightError, match=f"{file} is no whole safetensors file"):
+        load_weights(model_of(folder), broken)
+    for text in ("{", "{}", '{"weight_map": {"a": 1}}'):
+        (broken / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=str(broken / "model.safetensors.index.json")):
+            load_weights(model_of(folder), broken)
+
+
 def test_a_folder_without_weights_is_an_error_that_names_it(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig.from_dict(EIGHT_HEADS), parallel_state=make_states(Layout(1, 1))[0])
     with pytest.raises(FileNotFoundError, match=rf"\*.safetensors files, found none in {tmp_path}"):
