@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Symmetric memory, collectives and a fused row-parallel linear layer for tensor-parallel PyTorch models.
 
 Importing this package registers the operators `torch.ops.sglang_symm.*`. It needs no GPU and no process group; when the

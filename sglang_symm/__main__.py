@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """The command line: python -m sglang_symm COMMAND ..."""
 
 from __future__ import annotations

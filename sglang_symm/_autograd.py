@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Gradients of layers across the ranks of a group. Activations between layers are replicated and so is the loss, which
 counts once (Megatron-LM, https://arxiv.org/abs/1909.08053, section 3):
 

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Loads the native library, once, and explains it when it cannot be loaded.
 
 The library `_C.abi3.so` registers its operators under `torch.ops.sglang_symm`. It fits one minor version of torch

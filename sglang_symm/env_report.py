@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """`python -m sglang_symm env`: what this machine has, and whether the native library fits it.
 
 Every part is gathered on its own, so one that is missing (torch, a driver, the library) leaves the others in it.

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Tensor parallelism for an unmodified Hugging Face Llama."""
 
 from __future__ import annotations

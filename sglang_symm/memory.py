@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Symmetric memory: tensors that lie in a group's arena, where its collectives need no staging copy.
 
 Ops of this package take their outputs from the arena by themselves; ``use_symmetric_memory`` is for what other ops

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """use_symmetric_memory on GPUs: a torch.cuda.MemPool whose segments come from a group's arena.
 
 One pool a group for eager code, and a new one for every use inside a graph capture: a block that is freed in a capture

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """torch.distributed.tensor.parallel with this package's row-parallel op: a ParallelStyle for parallelize_module."""
 
 from __future__ import annotations

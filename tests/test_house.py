@@ -87,6 +87,14 @@ def test_every_exported_name_exists() -> None:
         assert getattr(sglang_symm, name) is not None
 
 
+def test_every_module_begins_with_its_license() -> None:
+    """What is installed apart from the repository says under which terms; LICENSE covers the rest."""
+    line = "# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0\n"
+    modules = sorted((ROOT / "sglang_symm").rglob("*.py"))
+    assert len(modules) > 30
+    assert [str(path.relative_to(ROOT)) for path in modules if not path.read_text().startswith(line)] == []
+
+
 def tracked_files() -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Groups, the parallel state of a process, data-parallel attention, starting ranks."""
 
 from sglang_symm.distributed.dp_attention import DpPaddingMode, ForwardBatch, dp_gather, dp_scatter

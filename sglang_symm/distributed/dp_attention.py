@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Data-parallel attention: each DP rank attends to its own tokens, and an MLP over the whole TP group sees all of them.
 
 With D DP ranks of A attention-TP ranks each, tp_rank = dp_rank * A + attn_tp_rank, and n_d tokens on DP rank d:

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Group: an ordered set of ranks that communicate."""
 
 from __future__ import annotations

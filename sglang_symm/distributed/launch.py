@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """Start the ranks of a program on this host, when it was not started by torchrun."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """ParallelState: which groups this process is in.
 
 Ranks of one TP group of 6 with attention_data_parallel_size=2, so attention-TP 3; tp_rank = dp_rank * attn_tp_size +

@@ -1,3 +1,4 @@
+# Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """How the members of a group find each other, through the store of ``torch.distributed``.
 
 Only the members take part, every wait has a deadline, a time-out names who is missing, and a failed attempt leaves
