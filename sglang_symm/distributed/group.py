@@ -18,6 +18,7 @@ import torch.distributed as dist
 from sglang_symm import _library
 from sglang_symm.distributed.rendezvous import (
     ERROR_PREFIX,
+    WRONG_PREFIX,
     Deadline,
     Meeting,
     check_agreement,
@@ -169,7 +170,8 @@ class Group:
                 return step() or "ok"
             except Exception as error:
                 failure = error
-                return ERROR_PREFIX + (" ".join(str(error).split("\n\n")[0].split()) or type(error).__name__)
+                prefix = WRONG_PREFIX if isinstance(error, ValueError) else ERROR_PREFIX
+                return prefix + (" ".join(str(error).split("\n\n")[0].split()) or type(error).__name__)
 
         def listen() -> str:
             nonlocal made

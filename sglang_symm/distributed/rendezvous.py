@@ -29,6 +29,7 @@ from torch.distributed import distributed_c10d
 from sglang_symm.distributed.settings import GroupSettings
 
 ERROR_PREFIX = "error: "
+WRONG_PREFIX = "wrong: "  # an argument that only the native library could judge
 _PREFIX = "sglang_symm"
 _LAST_WORD_SECONDS = 1.0
 _GONE = "gone"  # value of a join whose member gave up
@@ -192,8 +193,8 @@ class Meeting:
     def exchange(self, round_name: str, value: str) -> list[str]:
         """All members' values in rank order.
 
-        A value that begins with ``error: `` stands for a failure of its rank: DistBackendError, the same sentence on
-        all members.
+        A value that begins with ``error: `` or ``wrong: `` stands for a failure of its rank: DistBackendError, or
+        ValueError if there are only wrong arguments; the same sentence on all members.
         """
         if self.world_size == 1:
             values = [value]
@@ -206,13 +207,16 @@ class Meeting:
             if store.add("read", 1) == self.world_size:
                 for key in [*keys.values(), "read"]:
                     store.delete_key(key)
-        failures = [
-            f"rank {rank}: {text[len(ERROR_PREFIX) :]}"
+        failed = {
+            rank: text.partition(": ")[2]
             for rank, text in enumerate(values)
-            if text.startswith(ERROR_PREFIX)
-        ]
-        if failures:
-            raise dist.DistBackendError(f"sglang_symm: creation of {self.label} failed: " + "; ".join(failures))
+            if text.startswith((ERROR_PREFIX, WRONG_PREFIX))
+        }
+        if failed:
+            wrong = all(values[rank].startswith(WRONG_PREFIX) for rank in failed)
+            what = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+            kind = ValueError if wrong else dist.DistBackendError
+            raise kind(f"sglang_symm: creation of {self.label} failed: {what}")
         return values
 
 

@@ -338,8 +338,23 @@ def test_a_forked_child_does_not_say_goodbye_for_its_parent(make):
 
 
 @several_ranks
+def test_a_forked_child_cannot_use_its_parent_s_group_and_the_parent_goes_on(make):
+    group = make()
+    assert works(group)
+    child = os.fork()
+    if child == 0:
+        x = torch.ones(3)
+        calls = (lambda: group.all_reduce(x), lambda: group.all_reduce_(x), lambda: group.all_gather(x), group.barrier)
+        refused = ["forked" in str(raised(call)) for call in calls]
+        os._exit(0 if all(refused) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert works(group)
+
+
+@several_ranks
 def test_an_arena_that_is_too_small_is_an_error_with_numbers(make):
     error = raised(make, arena_bytes=4096)
-    assert error is not None
-    assert "4096" in str(error)
+    assert isinstance(error, ValueError), error
+    assert "an arena of 4096 bytes" in str(error)
+    assert "arena_bytes" in str(error)
     assert len(set(gather_objects(str(error)))) == 1
