@@ -236,11 +236,4 @@ std::shared_ptr<Group> GroupRegistry::remove(const std::string& name) {
   return group;
 }
 
-std::vector<std::string> GroupRegistry::names() const {
-  const std::lock_guard lock(mutex_);
-  std::vector<std::string> names;
-  for (const auto& group : groups_) names.push_back(group->config().name);
-  return names;
-}
-
 }  // namespace sglang_symm

@@ -113,7 +113,6 @@ class GroupRegistry {
   // forked from.
   std::shared_ptr<Group> find(const std::string& name) const;
   std::shared_ptr<Group> remove(const std::string& name);
-  std::vector<std::string> names() const;
 
  private:
   std::shared_ptr<Group> find_any(const std::string& name) const;

@@ -60,11 +60,6 @@ ArenaStats Arena::stats() const {
           heap_.live_blocks()};
 }
 
-void Arena::reset_peak() {
-  const std::lock_guard lock(mutex_);
-  heap_.reset_peak();
-}
-
 ArenaRegistry& ArenaRegistry::instance() {
   static auto* registry = new ArenaRegistry();
   return *registry;

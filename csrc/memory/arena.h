@@ -57,7 +57,6 @@ class Arena {
   // Offset of a range that lies inside this rank's arena, or nothing.
   std::optional<size_t> offset_of(const void* pointer, size_t bytes) const;
   ArenaStats stats() const;
-  void reset_peak();
 
  protected:
   std::byte* at(size_t offset) const { return base() + offset; }

@@ -22,14 +22,12 @@ class Heap {
   // Gives a block back; an offset that is not a live block's is an error.
   void free(size_t offset);
 
-  bool is_live(size_t offset) const { return live_.count(offset) != 0; }
   size_t bytes() const { return bytes_; }
   size_t allocated() const { return allocated_; }  // rounded to the alignment
   size_t peak() const { return peak_; }
   size_t free_bytes() const { return bytes_ - allocated_; }
   size_t largest_free() const { return free_by_size_.empty() ? 0 : free_by_size_.rbegin()->first; }
   size_t live_blocks() const { return live_.size(); }
-  void reset_peak() { peak_ = allocated_; }
 
  private:
   void insert_free(size_t offset, size_t bytes);

@@ -116,10 +116,6 @@ std::string Rendezvous::address() const {
   return cat("sglang_symm/", kProtocolVersion, "|", listener_.name, "|", token_, "|", host_identity(), "|", getpid());
 }
 
-std::string Rendezvous::pid_of(const std::string& address) {
-  return parse_address(address, -1).pid;
-}
-
 std::vector<Peer> Rendezvous::connect(const std::vector<std::string>& addresses, const std::vector<int>& fds,
                                       const Deadline& deadline) {
   const int world = identity_.world_size;

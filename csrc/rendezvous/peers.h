@@ -45,8 +45,6 @@ class Rendezvous {
   explicit Rendezvous(const Identity& identity);
   // One line of text: version | socket | token | host | pid
   std::string address() const;
-  // The process id in an address, for messages.
-  static std::string pid_of(const std::string& address);
   // Collective. Sends `fds` to every peer and returns the peers in rank order (without this rank).
   std::vector<Peer> connect(const std::vector<std::string>& addresses, const std::vector<int>& fds,
                             const Deadline& deadline);

@@ -67,7 +67,6 @@ class SignalCpu {
   void close() { closing_.store(true, std::memory_order_release); }
   // A header of this call cannot be true: breaks the group and raises.
   [[noreturn]] void damaged(const Call& call, int peer) const;
-  uint64_t epoch() const { return epoch_; }
   int next_parity() const { return static_cast<int>((epoch_ + 1) & 1); }
 
  private:
