@@ -3,29 +3,18 @@
 arguments: FOLDER
 """
 
-import gc
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from belongings import belongings
 from launcher import report
 
 import sglang_symm.memory as memory
 from sglang_symm.distributed import Group
 
 FOLDER = Path(sys.argv[1])
-
-
-def belongings() -> dict[str, int]:
-    gc.collect()
-    mappings = Path("/proc/self/maps").read_text()
-    return {
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
-        "shared mappings": mappings.count("memfd:"),
-    }
 
 
 def cycle(kept: bool) -> None:

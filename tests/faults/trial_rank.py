@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import gc
 import os
 import random
 import signal
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from belongings import belongings
 from trials import ARENA_BYTES, MAX_COUNT, Call, Trial, draw_call, draw_disagreement
 
 import sglang_symm.memory as memory
@@ -37,16 +37,6 @@ from sglang_symm.distributed import Group
 
 CALLS_LIMIT = 25.0  # seconds in which the fault must have been noticed
 INSIDE = ("_exit(0)", "_exit(1)", "closed socket")  # a process does these to itself, in any of its threads
-
-
-def belongings() -> dict[str, int]:
-    """What a process holds that could leak."""
-    gc.collect()
-    return {
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
-        "shared mappings": Path("/proc/self/maps").read_text().count("memfd:sglang_symm"),
-    }
 
 
 def sentence_of(error: BaseException) -> tuple[str, str]:
