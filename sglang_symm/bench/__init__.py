@@ -21,7 +21,7 @@ import torch.distributed as dist
 from sglang_symm._version import __version__
 from sglang_symm.bench import mpi, report
 from sglang_symm.bench.cases import DTYPES, OPS, Case, format_bytes, parse_bytes, sizes
-from sglang_symm.bench.peers import DeepSpeed, Gloo, Peer, Prepared, Symm
+from sglang_symm.bench.peers import DeepSpeed, Empty, Gloo, Peer, Prepared, Symm
 from sglang_symm.bench.report import Row
 from sglang_symm.distributed.group import ALGORITHMS, Group
 from sglang_symm.distributed.launch import run_ranks, under_launcher
@@ -134,6 +134,8 @@ def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> i
     groups = {algo: Group(name=f"bench-{algo}", algo=algo, arena_bytes=arena) for algo in args.algo or ["auto"]}
     runners: list[Peer] = [Symm(group, algo, True) for algo, group in groups.items()]
     runners += [Symm(group, algo, False) for algo, group in groups.items()]
+    empty = Empty(rank)
+    runners.append(empty)
     if "gloo" in peers:
         runners.append(Gloo())
     if "deepspeed" in peers:
@@ -145,19 +147,18 @@ def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> i
     places = {"in": [True], "out": [False], "both": [True, False]}[args.place]
     rows: list[Row] = []
     try:
-        empty_us = _empty_op(args)
         steps = [(op, n) for op in ops for n in wanted]
         for number, (op, n) in enumerate(steps, 1):
             if rank == 0:
                 _say(f"{number}/{len(steps)} {op} {format_bytes(n)}")
             rows += _measure(args, Case(op, n, dtype, world_size), runners, places, rank)
     finally:
-        for group in groups.values():
+        for group in (*groups.values(), empty.group):
             group.destroy()
         dist.destroy_process_group()
     if rank != 0:
         return 0
-    environment = _environment(args, world_size, empty_us)
+    environment = _environment(args, world_size)
     if args.raw:
         Path(args.raw).write_text(report.to_json(rows, environment))
         return 0
@@ -210,20 +211,6 @@ def _calls_a_round(args: argparse.Namespace, prepared: Prepared) -> int:
     return max(1, min(20_000, int(args.seconds / float(one))))
 
 
-def _empty_op(args: argparse.Namespace) -> float:
-    """Microseconds of a call through torch.ops that does nothing: a barrier in a group of one rank."""
-    alone = Group.of_ranks([dist.get_rank()], name=f"bench-alone-{dist.get_rank()}", communicator="process_group")
-    token = torch.zeros(1)
-    times = []
-    for _ in range(args.rounds):
-        start = time.perf_counter()
-        for _ in range(2000):
-            torch.ops.sglang_symm.barrier(token, alone.unique_name)
-        times.append((time.perf_counter() - start) / 2000 * 1e6)
-    alone.destroy()
-    return sorted(times)[len(times) // 2]
-
-
 def _commit() -> str:
     folder = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True)
@@ -238,7 +225,7 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _environment(args: argparse.Namespace, world_size: int, empty_us: float) -> dict[str, Any]:
+def _environment(args: argparse.Namespace, world_size: int) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -248,7 +235,6 @@ def _environment(args: argparse.Namespace, world_size: int, empty_us: float) -> 
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rounds": args.rounds,
-        "empty_op_us": round(empty_us, 2),
         "command": "python -m sglang_symm bench " + " ".join(w for w in args.words if w != "--raw" and w != args.raw),
     }
 

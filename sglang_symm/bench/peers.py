@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_symm.bench.cases import Case
+from sglang_symm.bench.report import EMPTY_OP
 from sglang_symm.distributed.group import Group
 
 
@@ -68,6 +70,19 @@ class Symm(Peer):
         return Prepared(call, x, lambda: kept[0], value)
 
 
+class Empty(Peer):
+    """A call through torch.ops that does nothing, a barrier in a group of one rank: what Python and dispatch cost."""
+
+    name = EMPTY_OP
+
+    def __init__(self, rank: int) -> None:
+        self.group = Group.of_ranks([rank], name=f"bench-alone-{rank}", communicator="process_group")
+
+    def prepare(self, case: Case, rank: int, in_place: bool) -> Prepared | None:
+        token, name, barrier = torch.zeros(1), self.group.unique_name, torch.ops.sglang_symm.barrier
+        return Prepared(lambda: barrier(token, name), token, lambda: case.expected(rank), token.clone())
+
+
 class Gloo(Peer):
     """torch.distributed with the gloo backend."""
 
@@ -101,12 +116,16 @@ class DeepSpeed(Peer):
     def __init__(self, rank: int, world_size: int) -> None:
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder  # type: ignore[import-not-found,unused-ignore]
 
-        self._op = ShareMemCommBuilder().load(verbose=False)
-        self._op.initialize(world_size, rank)
+        # Its launcher's variable: without it the shared memory is not made, and the first call a wild access.
+        os.environ["LOCAL_SIZE"] = str(world_size)
+        library = ShareMemCommBuilder().load(verbose=False)
+        library.initialize(world_size, rank)
+        # Up to 0.15 it is a function of the module, later an operator.
+        self._all_reduce = getattr(library, "inference_all_reduce", None) or torch.ops.deepspeed.inference_all_reduce_
 
     def prepare(self, case: Case, rank: int, in_place: bool) -> Prepared | None:
         if case.op != "all_reduce" or not in_place:
             return None
         value = case.value(rank)
         x = torch.empty_like(value)
-        return Prepared(lambda: self._op.inference_all_reduce(x), x, lambda: x, value)
+        return Prepared(lambda: self._all_reduce(x), x, lambda: x, value)

@@ -50,31 +50,38 @@ class Row:
         return self.algbw * self.bus_factor
 
 
-def _best_other(rows: Iterable[Row], row: Row) -> float | None:
-    """The best median among those who are not this library, for the same case."""
-    others = [
-        r.median
+EMPTY_OP = "empty op"
+
+
+def _best_other(rows: Iterable[Row], row: Row) -> tuple[float | None, float]:
+    """The best median among those who are not this library, and the empty op's, for the same case."""
+    same = [
+        r
         for r in rows
-        if (r.op, r.dtype, r.bytes, r.in_place) == (row.op, row.dtype, row.bytes, row.in_place)
-        and not r.peer.startswith("symm")
-        and r.wrong == 0
+        if (r.op, r.dtype, r.bytes, r.in_place) == (row.op, row.dtype, row.bytes, row.in_place) and r.wrong == 0
     ]
-    return min(others, default=None)
+    others = [r.median for r in same if r.peer != EMPTY_OP and not r.peer.startswith("symm")]
+    return min(others, default=None), min((r.median for r in same if r.peer == EMPTY_OP), default=0.0)
 
 
 def table(rows: list[Row], environment: dict[str, Any]) -> str:
-    """As nccl-tests, with the spread, and the ratio to the best peer of the same row."""
+    """As nccl-tests, with the spread, and two ratios: to the best peer of the same case, and to that peer plus an empty
+    op, which is what a peer that is called from C would cost if it were called from Python."""
     width = max([len(r.peer) for r in rows] + [4])
     head = f"{'size':>6} {'op':14} {'dtype':8} {'who':{width}} {'place':5} {'time':>10} {'p10':>10} {'p90':>10}"
     lines = [
         "# " + "  ".join(f"{k} {v}" for k, v in environment.items() if not isinstance(v, dict | list)),
-        f"{head} {'algbw':>7} {'busbw':>7} {'wrong':>6}  over the best peer",
+        f"{head} {'algbw':>7} {'busbw':>7} {'wrong':>6}  over best   + empty op",
         f"{'us':>{len(head) - 22}} {'us':>10} {'us':>10} {'GB/s':>7} {'GB/s':>7}",
     ]
     for row in rows:
-        best = _best_other(rows, row)
+        best, empty = _best_other(rows, row)
         low, high = row.spread
-        ratio = f"{row.median / best:.2f}" if best and row.peer.startswith("symm") else ""
+        ratio = (
+            f"{row.median / best:9.2f} {row.median / (best + empty):11.2f}"
+            if best and row.peer.startswith("symm")
+            else ""
+        )
         lines.append(
             f"{format_bytes(row.bytes):>6} {row.op:14} {row.dtype:8} {row.peer:{width}} "
             f"{'in' if row.in_place else 'out':5} {row.median:10.2f} {low:10.2f} {high:10.2f} "
@@ -113,7 +120,7 @@ def plot(rows: list[Row], path: str, environment: dict[str, Any]) -> None:
     in_place = any(r.in_place for r in rows)
     chosen = [r for r in rows if r.in_place == in_place]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
-    for peer in dict.fromkeys(r.peer for r in chosen):
+    for peer in dict.fromkeys(r.peer for r in chosen if r.peer != EMPTY_OP):
         mine = sorted((r for r in chosen if r.peer == peer), key=lambda r: r.bytes)
         own = peer.startswith("symm")
         style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 2.2 if own else 1.2, "label": peer}

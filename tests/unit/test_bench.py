@@ -52,13 +52,20 @@ ROWS = [
     Row("all_reduce", "float32", 2048, "symm", True, 1.0, 0, [2.0, 1.0, 3.0]),
     Row("all_reduce", "float32", 2048, "gloo", True, 1.0, 0, [400.0, 410.0, 420.0]),
     Row("all_reduce", "float32", 2048, "broken", True, 1.0, 7, [1.0, 1.0, 1.0]),
+    Row("all_reduce", "float32", 2048, "empty op", True, 1.0, 0, [1.5, 1.5, 1.5]),
 ]
 ENVIRONMENT = {"machine": "2 cores", "ranks": 2}
 
 
 def test_the_ratio_is_to_the_best_peer_that_was_right() -> None:
     line = next(x for x in report.table(ROWS, ENVIRONMENT).splitlines() if " symm " in x)
-    assert line.split()[-1] == f"{2.0 / 410.0:.2f}"
+    assert line.split()[-2] == f"{2.0 / 410.0:.2f}"
+
+
+def test_a_peer_called_from_c_is_given_the_time_of_an_empty_op() -> None:
+    rows = [*ROWS, Row("all_reduce", "float32", 2048, "openmpi", True, 1.0, 0, [0.5, 0.5, 0.5])]
+    line = next(x for x in report.table(rows, ENVIRONMENT).splitlines() if " symm " in x)
+    assert line.split()[-2:] == [f"{2.0 / 0.5:.2f}", f"{2.0 / (0.5 + 1.5):.2f}"]
 
 
 def test_json_comes_back_as_the_same_rows(tmp_path: Path) -> None:
