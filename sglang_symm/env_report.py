@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import _library
+from . import _library, tuning
 from ._version import __version__
 
 # Variable -> (default, meaning). The report shows all of them; what is set in the environment is in force.
@@ -31,6 +31,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "SGLANG_SYMM_ALGO": ("auto", "auto, one_shot, two_shot, two_shot_direct or process_group"),
     "SGLANG_SYMM_PINNED": ("0", "1: the algorithm does not depend on the number of tokens"),
     "SGLANG_SYMM_STRICT": ("0", "1: a full arena is an error, not ordinary memory"),
+    "SGLANG_SYMM_TABLES": ("the package's", "tuning table, or a folder of them (tune); built-in: none"),
     "SYNC_TOKEN_IDS_ACROSS_TP": ("0", "1: the attention-TP group gets a symmetric communicator"),
 }
 OTHER_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_MPS_PIPE_DIRECTORY", "NCCL_DEBUG")
@@ -165,6 +166,17 @@ def library_report() -> dict[str, Any]:
     return report
 
 
+def tuning_report() -> dict[str, Any]:
+    """Which table a group of 2, 3, 4 or 8 ranks chooses its algorithms by, on this machine."""
+    devices = ["cpu", *dict.fromkeys(gpu["name"] for gpu in cuda_report()["gpus"])]
+    tables = os.environ.get("SGLANG_SYMM_TABLES", "")
+    return {
+        f"{device}, {ranks} ranks": tuning.find(device, ranks, tables).label
+        for device in devices
+        for ranks in (2, 3, 4, 8)
+    }
+
+
 def settings() -> dict[str, Any]:
     """Our environment variables: value in force, whether it is set, meaning."""
     rows = {
@@ -187,6 +199,7 @@ def collect() -> dict[str, Any]:
         "cuda": cuda_report,
         "nccl": nccl_report,
         "library": library_report,
+        "tuning": tuning_report,
         "settings": settings,
         "environment": lambda: {name: os.environ[name] for name in OTHER_VARIABLES if name in os.environ},
     }

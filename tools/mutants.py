@@ -276,6 +276,20 @@ MUTANTS = [
         "  what.pid = static_cast<uint64_t>(pid);\n  (void)what;\n",
         "Signal.*",
     ),
+    Mutant(
+        "pinned mode takes the process group",
+        "collective/choose.cpp",
+        "    if (agreed.pinned && step.algorithm == Algorithm::process_group) continue;\n",
+        "",
+        "Choose.*",
+    ),
+    Mutant(
+        "ranks with other tuning tables agree",
+        "collective/choose.cpp",
+        "for (const char c : to_string(agreed.tuning))",
+        "for (const char c : std::string())",
+        "Tuning.*",
+    ),
 ]
 
 

@@ -11,32 +11,47 @@
 #include <cstddef>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "signal/descriptor.h"
 
 namespace sglang_symm {
 
-// Measured by `tune`; one table a kind of machine. Part of what ranks compare at creation.
-// The defaults are the CPU's.
-struct Tuning {
-  size_t one_shot_bytes = 16 << 10;              // up to this many bytes at P = 2 one_shot wins
-  size_t one_shot_bytes_many = 8 << 10;          // the same at P > 2
-  size_t two_shot_bytes = 0;                     // above one_shot, up to here two_shot through slots; beyond it `large`
-  Algorithm large = Algorithm::two_shot_direct;  // of reductions beyond two_shot_bytes
-  size_t copy_one_shot_bytes = 64 << 10;         // all_gather, broadcast, reduce_scatter: through slots up to here
+// One way up to so many bytes of a rank's contribution, then the next.
+struct Step {
+  size_t up_to;
+  Algorithm algorithm;
+  friend bool operator==(const Step&, const Step&) = default;
 };
+using Ladder = std::vector<Step>;  // ascending; the last step has no end
+
+// A ladder an op, measured by `tune` on one kind of machine at one world size. The norm variants use their op's.
+//
+//   all_reduce            tensors in the arena and outside of it: the algorithm that is bad at neither
+//   row_parallel_linear   partial results lie in the arena
+struct Tuning {
+  Ladder all_reduce, row_parallel_linear, reduce_scatter, all_gather, broadcast;
+
+  // What is used where no table was measured.
+  static Tuning built_in(bool cuda, int world_size);
+  // "all_reduce:one_shot<=16384,two_shot_direct;row_parallel_linear:...": all five, in this order. Throws
+  // ErrorKind::argument for anything else.
+  static Tuning parse(const std::string& text);
+  const Ladder& of(OpCode op) const;
+};
+std::string to_string(const Tuning& tuning);  // what parse reads
 
 // Configuration exchanged and compared when the group is created.
 struct Agreed {
   std::optional<Algorithm> forced;  // SGLANG_SYMM_ALGO
   bool pinned = false;              // the same bits whatever the number of tokens: process_group is excluded
-  Tuning tuning;
+  Tuning tuning = Tuning::built_in(false, 2);
 };
 
 // `bytes`: one rank's contribution. Throws ErrorKind::argument when pinned mode forbids the only algorithm there is.
-Algorithm choose(OpCode op, DType dtype, ReduceOp reduce_op, size_t bytes, int world_size, const Agreed& agreed);
+Algorithm choose(OpCode op, DType dtype, ReduceOp reduce_op, size_t bytes, const Agreed& agreed);
 
-std::string to_string(const Agreed& agreed);
+std::string to_string(const Agreed& agreed);                        // short: the tuning by its digest
 std::optional<Algorithm> parse_algorithm(const std::string& name);  // "auto" -> nothing
 
 }  // namespace sglang_symm

@@ -28,7 +28,7 @@ class Backend {
 };
 
 // "cpu", or "cuda:N" in a build with CUDA. Raises for anything else. Fills in what the device decides in `config`:
-// an arena of 0 bytes becomes the device's default, the tuning becomes the device's.
+// an arena of 0 bytes becomes the device's default.
 std::unique_ptr<Backend> make_backend(GroupConfig* config);
 std::unique_ptr<Backend> make_cuda_backend(GroupConfig* config);
 

@@ -46,17 +46,6 @@ int usable_sms(int device) {
   return static_cast<int>(sms);
 }
 
-// P = 2: measured on two H100s over NVLink (benchmarks/results). P > 2: one-shot loses from 512 KB on at P = 4.
-Tuning tuning_for(int world_size) {
-  Tuning tuning;
-  tuning.one_shot_bytes = 2 << 20;
-  tuning.one_shot_bytes_many = world_size <= 4 ? 128 << 10 : 64 << 10;
-  tuning.two_shot_bytes = world_size <= 2 ? 16 << 20 : 2 << 20;
-  tuning.large = world_size <= 2 ? Algorithm::one_shot : Algorithm::two_shot_direct;
-  tuning.copy_one_shot_bytes = 32 << 10;
-  return tuning;
-}
-
 class BackendCuda final : public Backend {
  public:
   explicit BackendCuda(GroupConfig* config)
@@ -77,7 +66,6 @@ class BackendCuda final : public Backend {
     const size_t bytes = SegmentCuda::rounded(device_, std::max(config->arena_bytes, kMinArena));
     layout_ = LayoutCuda::of(bytes, world_size_);
     max_ctas_ = usable_sms(device_);
-    config->agreed.tuning = tuning_for(world_size_);
     arena_ = std::make_shared<ArenaCuda>(SegmentCuda::create(device_, bytes),
                                          ArenaLayout{layout_.heap, bytes, kAlignment}, rank_, device_);
     base_ = arena_;

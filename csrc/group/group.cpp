@@ -54,9 +54,12 @@ void GroupConfig::apply(const std::vector<std::string>& settings) {
       agreed.pinned = parse_flag(key, value);
     } else if (key == "strict") {
       strict = parse_flag(key, value);
+    } else if (key == "tuning") {
+      agreed.tuning = Tuning::parse(value);
+      tuned = true;
     } else {
       fail(ErrorKind::argument, "unknown setting '", setting,
-           "', expected timeout, first_timeout, algo, pinned or strict");
+           "', expected timeout, first_timeout, algo, pinned, strict or tuning");
     }
   }
 }
@@ -71,6 +74,7 @@ Group::Group(const GroupConfig& config) : config_(config) {
          "', expected at least ", kMinArena, " (arena_bytes, SGLANG_SYMM_ARENA_BYTES)");
   }
   check_members(config.rank, config.world_size);
+  if (!config.tuned) config_.agreed.tuning = Tuning::built_in(config.device != "cpu", config.world_size);
   backend_ = make_backend(&config_);
   arena_ = backend_->arena();
   const std::string settings = cat(backend_->settings(), " ", to_string(config_.agreed));
@@ -188,7 +192,8 @@ std::string Group::info_json() const {
              ", \"first_timeout\": ", config_.deadlines.first_seconds,
              ", \"strict\": ", config_.strict ? "true" : "false",
              ", \"slot_bytes\": ", backend_ ? backend_->slot_bytes() : 0,
-             ", \"agreed\": ", json_string(to_string(config_.agreed)), "}}");
+             ", \"agreed\": ", json_string(to_string(config_.agreed)),
+             ", \"tuning\": ", json_string(to_string(config_.agreed.tuning)), "}}");
 }
 
 GroupRegistry& GroupRegistry::instance() {

@@ -37,8 +37,10 @@ struct GroupConfig {
   bool strict = false;        // a full arena is an error instead of ordinary memory
   Deadlines deadlines;
   Agreed agreed;
+  bool tuned = false;  // agreed.tuning was given; else the built-in one of the device goes there
 
-  // Reads "key=value" pairs: timeout, first_timeout, algo, pinned, strict. An unknown key or a bad value is an error.
+  // Reads "key=value" pairs: timeout, first_timeout, algo, pinned, strict, tuning. An unknown key or a bad value is an
+  // error.
   void apply(const std::vector<std::string>& settings);
 };
 

@@ -94,7 +94,7 @@ void count_call(Group& group, Algorithm algorithm) {
 
 Algorithm choose_for(const Group& group, Descriptor* descriptor, size_t bytes) {
   descriptor->algorithm = group.symmetric() ? choose(descriptor->op, descriptor->dtype, descriptor->reduce_op(), bytes,
-                                                     group.world_size(), group.config().agreed)
+                                                     group.config().agreed)
                                             : Algorithm::process_group;
   return descriptor->algorithm;
 }

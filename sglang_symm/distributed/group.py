@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from sglang_symm import _library
+from sglang_symm import _library, tuning
 from sglang_symm.distributed.rendezvous import (
     ERROR_PREFIX,
     WRONG_PREFIX,
@@ -75,10 +75,12 @@ class Group:
         name: begins ``unique_name``; default ``world`` or ``group``.
         device: where its tensors live; default: ``cpu`` if the process group serves it, else the current CUDA device.
         communicator: ``symm`` or ``process_group`` (no arena; every op goes through the process group).
-        arena_bytes, timeout, first_timeout, algo, pinned, strict: see GroupSettings; None: environment, else default.
+        arena_bytes, timeout, first_timeout, algo, pinned, strict, tables: see GroupSettings; None: environment, else
+            default.
 
     Attributes:
         rank_in_group, world_size, ranks (global ranks), unique_name (what ops take), device, communicator, settings.
+        tuning: the table that calls choose their algorithm by (see sglang_symm.tuning).
         symmetric_memory_enabled: whether ``use_symmetric_memory`` of this group does anything.
         device_group, cpu_group: torch ProcessGroups of the same members.
 
@@ -132,7 +134,8 @@ class Group:
             self.settings = GroupSettings.resolve(self.device, **settings)
             meeting_timeout = self.settings.first_timeout if problem is None else _GRACE
             config = {"device": self.device.type, "communicator": communicator, **asdict(self.settings)}
-            config["host"] = host_identity()
+            self.tuning = _tuning_of(self.device, self.world_size, communicator, self.settings.tables)
+            config |= {"tuning": self.tuning.label, "host": host_identity()}
         except Exception as error:
             problem = problem or error
         if problem is not None:
@@ -183,7 +186,9 @@ class Group:
                 native._group_create_process_group(*common, pg_name, self.settings.native())
                 address = "ok"
             else:
-                address = native._group_listen(*common, self.settings.arena_bytes, pg_name, self.settings.native())
+                address = native._group_listen(
+                    *common, self.settings.arena_bytes, pg_name, [*self.settings.native(), *self.tuning.native()]
+                )
             made = True
             return address
 
@@ -457,6 +462,13 @@ def _as_device(device: torch.device | str | None, process_group: dist.ProcessGro
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _tuning_of(device: torch.device, world_size: int, communicator: str, tables: str) -> tuning.Tuning:
+    if communicator != SYMM:
+        return tuning.BUILT_IN
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return tuning.find(name, world_size, tables)
 
 
 def existing_group(process_group: dist.ProcessGroup, communicator: str = SYMM) -> Group | None:

@@ -29,6 +29,7 @@ class SettingsArguments(TypedDict, total=False):
     algo: str | None
     pinned: bool | None
     strict: bool | None
+    tables: str | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class GroupSettings:
         algo: the all-reduce algorithm, ``auto`` to choose by size.
         pinned: choose independently of the number of tokens.
         strict: a full arena is torch.OutOfMemoryError instead of ordinary memory with a warning.
+        tables: a tuning table, or a folder of them, asked before those kept with the package; ``built-in``: none.
     """
 
     arena_bytes: int
@@ -49,6 +51,7 @@ class GroupSettings:
     algo: str
     pinned: bool
     strict: bool
+    tables: str = ""
 
     @staticmethod
     def resolve(device: torch.device, **given: Unpack[SettingsArguments]) -> GroupSettings:
@@ -78,6 +81,7 @@ class GroupSettings:
             algo=setting("algo", _algorithm, "auto"),
             pinned=setting("pinned", _flag, False),
             strict=setting("strict", _flag, False),
+            tables=setting("tables", _path, ""),
         )
 
     def native(self) -> list[str]:
@@ -155,6 +159,12 @@ def _algorithm(name: str, value: Any) -> str:
     if value not in ALGORITHMS:
         raise ValueError(f"sglang_symm: expected {name} to be one of {', '.join(ALGORITHMS)}, got {value!r}")
     return str(value)
+
+
+def _path(name: str, value: Any) -> str:
+    if not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value):
+        raise ValueError(f"sglang_symm: expected {name} to be a path, got {value!r}")
+    return os.fspath(value)
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -12,32 +12,46 @@ struct Row {
   DType dtype;
   ReduceOp reduce_op;
   size_t bytes;
-  int world_size;
   Algorithm expected;
 };
 
+constexpr size_t K = 1024;
+
+// A ladder of its own for every op, so that a mix-up of ops shows.
+const char* const kTuning =
+    "all_reduce:one_shot<=1024,two_shot<=65536,two_shot_direct;row_parallel_linear:one_shot<=2048,two_shot_direct;"
+    "reduce_scatter:one_shot<=4096,two_shot_direct;all_gather:one_shot<=8192,two_shot_direct;"
+    "broadcast:one_shot<=16384,two_shot_direct";
+
 TEST(Choose, FollowsTheTable) {
   using enum OpCode;
-  constexpr size_t K = 1024;
-  const Agreed agreed;
+  using enum Algorithm;
+  Agreed agreed;
+  agreed.tuning = Tuning::parse(kTuning);
   const Row rows[] = {
-      {all_reduce, DType::float32, ReduceOp::sum, 0, 2, Algorithm::one_shot},
-      {all_reduce, DType::float32, ReduceOp::sum, 16 * K, 2, Algorithm::one_shot},
-      {all_reduce, DType::float32, ReduceOp::sum, 16 * K + 4, 2, Algorithm::two_shot_direct},
-      {all_reduce, DType::bfloat16, ReduceOp::sum, 8 * K, 4, Algorithm::one_shot},
-      {all_reduce, DType::bfloat16, ReduceOp::sum, 16 * K, 4, Algorithm::two_shot_direct},
-      {all_reduce, DType::float64, ReduceOp::sum, 8, 2, Algorithm::process_group},
-      {all_reduce, DType::float32, ReduceOp::max, 8, 2, Algorithm::process_group},
-      {all_reduce, DType::int64, ReduceOp::sum, 8, 2, Algorithm::process_group},
-      {row_parallel_linear, DType::float16, ReduceOp::sum, 1 << 20, 3, Algorithm::two_shot_direct},
-      {all_gather, DType::int64, ReduceOp::sum, 64 * K, 8, Algorithm::one_shot},
-      {all_gather, DType::unnamed, ReduceOp::sum, 64 * K + 1, 8, Algorithm::two_shot_direct},
-      {broadcast, DType::boolean, ReduceOp::sum, 1, 2, Algorithm::one_shot},
-      {reduce_scatter, DType::int32, ReduceOp::sum, 4, 2, Algorithm::process_group},
-      {barrier, DType::bytes, ReduceOp::sum, 0, 2, Algorithm::one_shot},
+      {OpCode::all_reduce, DType::float32, ReduceOp::sum, 0, one_shot},
+      {OpCode::all_reduce, DType::float32, ReduceOp::sum, K, one_shot},
+      {OpCode::all_reduce, DType::bfloat16, ReduceOp::sum, K + 2, two_shot},
+      {OpCode::all_reduce, DType::float16, ReduceOp::sum, 64 * K, two_shot},
+      {OpCode::all_reduce, DType::float32, ReduceOp::sum, 64 * K + 4, two_shot_direct},
+      {all_reduce_add_rms_norm, DType::float32, ReduceOp::sum, 64 * K, two_shot},
+      {OpCode::all_reduce, DType::float64, ReduceOp::sum, 8, process_group},
+      {OpCode::all_reduce, DType::float32, ReduceOp::max, 8, process_group},
+      {OpCode::all_reduce, DType::int64, ReduceOp::sum, 8, process_group},
+      {row_parallel_linear, DType::float16, ReduceOp::sum, 2 * K, one_shot},
+      {row_parallel_linear, DType::float16, ReduceOp::sum, 2 * K + 2, two_shot_direct},
+      {row_parallel_linear_add_rms_norm, DType::float16, ReduceOp::sum, 2 * K, one_shot},
+      {all_gather, DType::int64, ReduceOp::sum, 8 * K, one_shot},
+      {all_gather, DType::unnamed, ReduceOp::sum, 8 * K + 1, two_shot_direct},
+      {broadcast, DType::boolean, ReduceOp::sum, 16 * K, one_shot},
+      {broadcast, DType::boolean, ReduceOp::sum, 16 * K + 1, two_shot_direct},
+      {reduce_scatter, DType::float32, ReduceOp::sum, 4 * K, one_shot},
+      {reduce_scatter, DType::float32, ReduceOp::sum, 4 * K + 4, two_shot_direct},
+      {reduce_scatter, DType::int32, ReduceOp::sum, 4, process_group},
+      {barrier, DType::bytes, ReduceOp::sum, 0, one_shot},
   };
   for (const Row& row : rows) {
-    EXPECT_EQ(choose(row.op, row.dtype, row.reduce_op, row.bytes, row.world_size, agreed), row.expected)
+    EXPECT_EQ(choose(row.op, row.dtype, row.reduce_op, row.bytes, agreed), row.expected)
         << name(row.op) << " " << name(row.dtype) << " " << row.bytes << " bytes";
   }
 }
@@ -45,17 +59,83 @@ TEST(Choose, FollowsTheTable) {
 TEST(Choose, ForcedWinsExceptWhereItCannotBe) {
   Agreed agreed;
   agreed.forced = Algorithm::two_shot;
-  EXPECT_EQ(choose(OpCode::all_reduce, DType::float32, ReduceOp::sum, 8, 2, agreed), Algorithm::two_shot);
-  EXPECT_EQ(choose(OpCode::all_reduce, DType::int32, ReduceOp::sum, 8, 2, agreed), Algorithm::process_group);
-  EXPECT_EQ(choose(OpCode::barrier, DType::bytes, ReduceOp::sum, 0, 2, agreed), Algorithm::one_shot);
+  EXPECT_EQ(choose(OpCode::all_reduce, DType::float32, ReduceOp::sum, 8, agreed), Algorithm::two_shot);
+  EXPECT_EQ(choose(OpCode::all_reduce, DType::int32, ReduceOp::sum, 8, agreed), Algorithm::process_group);
+  EXPECT_EQ(choose(OpCode::barrier, DType::bytes, ReduceOp::sum, 0, agreed), Algorithm::one_shot);
 }
 
 TEST(Choose, PinnedModeExcludesTheProcessGroup) {
   Agreed agreed;
   agreed.pinned = true;
   agreed.forced = Algorithm::process_group;
-  EXPECT_EQ(choose(OpCode::all_reduce, DType::float32, ReduceOp::sum, 8, 2, agreed), Algorithm::one_shot);
-  EXPECT_THROW(choose(OpCode::all_reduce, DType::float64, ReduceOp::sum, 8, 2, agreed), Error);
+  EXPECT_EQ(choose(OpCode::all_reduce, DType::float32, ReduceOp::sum, 8, agreed), Algorithm::one_shot);
+  EXPECT_THROW(choose(OpCode::all_reduce, DType::float64, ReduceOp::sum, 8, agreed), Error);
+}
+
+TEST(Choose, PinnedModePassesOverStepsOfTheProcessGroup) {
+  using enum Algorithm;
+  Agreed agreed;
+  const auto chosen = [&](size_t bytes) {
+    return choose(OpCode::all_reduce, DType::float32, ReduceOp::sum, bytes, agreed);
+  };
+  agreed.tuning.all_reduce = {{K, one_shot}, {2 * K, process_group}, {4 * K, two_shot}, {SIZE_MAX, process_group}};
+  EXPECT_EQ(chosen(2 * K), process_group);
+  EXPECT_EQ(chosen(8 * K), process_group);
+  agreed.pinned = true;
+  EXPECT_EQ(chosen(2 * K), two_shot);
+  EXPECT_EQ(chosen(8 * K), two_shot);
+  agreed.tuning.all_reduce = {{SIZE_MAX, process_group}};
+  EXPECT_EQ(chosen(K), two_shot_direct);
+}
+
+TEST(Tuning, IsReadAsItIsWritten) {
+  EXPECT_EQ(to_string(Tuning::parse(kTuning)), kTuning);
+  for (const bool cuda : {false, true}) {
+    for (const int world_size : {1, 2, 3, 4, 8, 16}) {
+      const std::string text = to_string(Tuning::built_in(cuda, world_size));
+      EXPECT_EQ(to_string(Tuning::parse(text)), text);
+    }
+  }
+}
+
+TEST(Tuning, AnotherLadderHasAnotherDigest) {
+  Agreed here, there;
+  EXPECT_EQ(to_string(here), to_string(there));
+  there.tuning.broadcast[0].up_to += 1;
+  EXPECT_NE(to_string(here), to_string(there));
+}
+
+TEST(Tuning, AMalformedTextIsAnErrorThatShowsIt) {
+  const std::string rest =
+      ";row_parallel_linear:one_shot;reduce_scatter:one_shot;all_gather:one_shot;broadcast:one_shot";
+  EXPECT_NO_THROW(Tuning::parse("all_reduce:one_shot" + rest));
+  const struct {
+    std::string text, shown;
+  } wrong[] = {
+      {"", "1 ops"},
+      {"all_reduce:one_shot", "1 ops"},
+      {"all_reduce:one_shot" + rest + ";barrier:one_shot", "6 ops"},
+      {"broadcast:one_shot" + rest, "'broadcast:one_shot' for all_reduce:"},
+      {"all_reduce:" + rest, "the step ''"},
+      {"all_reduce:auto" + rest, "the step 'auto'"},
+      {"all_reduce:fastest" + rest, "algorithm 'fastest'"},
+      {"all_reduce:one_shot<=" + rest, "bytes, got ''"},
+      {"all_reduce:one_shot<=-1,two_shot" + rest, "bytes, got '-1'"},
+      {"all_reduce:one_shot<=1e6,two_shot" + rest, "bytes, got '1e6'"},
+      {"all_reduce:one_shot<=99999999999999999999,two_shot" + rest, "bytes, got '99999999999999999999'"},
+      {"all_reduce:one_shot<=8,two_shot<=8,one_shot" + rest, "the step 'two_shot<=8'"},
+      {"all_reduce:one_shot,two_shot" + rest, "the step 'two_shot'"},
+      {"all_reduce:one_shot<=8" + rest, "no last step"},
+  };
+  for (const auto& each : wrong) {
+    try {
+      Tuning::parse(each.text);
+      ADD_FAILURE() << each.text;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::argument);
+      EXPECT_NE(std::string(error.what()).find(each.shown), std::string::npos) << error.what();
+    }
+  }
 }
 
 TEST(Choose, ParsesItsOwnNamesAndNamesThemInItsError) {

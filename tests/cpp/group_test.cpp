@@ -278,6 +278,7 @@ TEST(GroupConfig, NamesAnUnknownSettingAndABadValue) {
   EXPECT_THROW(config.apply({"timeout=-1"}), Error);
   EXPECT_THROW(config.apply({"timeout=soon"}), Error);
   EXPECT_THROW(config.apply({"pinned=perhaps"}), Error);
+  EXPECT_THROW(config.apply({"tuning=fast"}), Error);
   config.apply({"timeout=1.5", "first_timeout=3", "algo=two_shot", "pinned=1", "strict=1"});
   EXPECT_EQ(config.deadlines.seconds, 1.5);
   EXPECT_EQ(config.agreed.forced, Algorithm::two_shot);

@@ -127,13 +127,13 @@ def test_settings_come_from_arguments_then_the_environment_then_the_defaults(mon
     cpu = torch.device("cpu")
     for name in ("ARENA_BYTES", "TIMEOUT", "FIRST_TIMEOUT", "ALGO", "PINNED", "STRICT"):
         monkeypatch.delenv(f"SGLANG_SYMM_{name}", raising=False)
-    assert GroupSettings.resolve(cpu) == GroupSettings(64 << 20, 60.0, 600.0, "auto", False, False)
+    assert GroupSettings.resolve(cpu) == GroupSettings(64 << 20, 60.0, 600.0, "auto", False, False, "")
     monkeypatch.setenv("SGLANG_SYMM_ARENA_BYTES", "4096")
     monkeypatch.setenv("SGLANG_SYMM_TIMEOUT", "2.5")
     monkeypatch.setenv("SGLANG_SYMM_ALGO", "two_shot")
     monkeypatch.setenv("SGLANG_SYMM_STRICT", "true")
     settings = GroupSettings.resolve(cpu, timeout=7, strict=False)
-    assert settings == GroupSettings(4096, 7.0, 600.0, "two_shot", False, False)
+    assert settings == GroupSettings(4096, 7.0, 600.0, "two_shot", False, False, "")
 
 
 WRONG_TEXTS = [
