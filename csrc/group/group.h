@@ -86,7 +86,7 @@ class Group {
   void close();
 
   // A block for an op's output, or nullptr when it must be ordinary memory (full, or no arena). Counts it. In strict
-  // mode, and for `required`, a full arena raises ErrorKind::out_of_memory instead.
+  // mode, in a graph capture, and for `required`, a full arena raises ErrorKind::out_of_memory instead.
   void* allocate_output(size_t bytes, bool required, Stream stream = nullptr);
   // The sentence of a full arena.
   std::string describe_full(size_t bytes) const;

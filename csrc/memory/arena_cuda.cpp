@@ -57,6 +57,11 @@ void* ArenaCuda::allocate(size_t bytes, Stream handle) {
   return at(*offset);
 }
 
+bool ArenaCuda::in_capture(Stream stream) const {
+  const DeviceScope scope(device_);
+  return static_cast<bool>(capture_of(static_cast<cudaStream_t>(stream)));
+}
+
 void* ArenaCuda::allocate_captured(size_t bytes, cudaStream_t stream, const CaptureCuda& capture) {
   keep_locked(capture);
   auto best = blocks_.end();

@@ -16,7 +16,7 @@ Stream current_stream(const Group& group) {
 }  // namespace sglang_symm::ops
 
 // For torch.cuda.memory.CUDAPluggableAllocator: the segments of a torch.cuda.MemPool come from the arena of the group
-// whose use_symmetric_memory this thread is inside of; ordinary memory when it is full.
+// whose use_symmetric_memory this thread is inside of; ordinary memory when it is full and nothing is captured.
 extern "C" __attribute__((visibility("default"))) void* sglang_symm_cuda_malloc(ssize_t bytes, int device,
                                                                                 cudaStream_t stream) {
   using namespace sglang_symm;
@@ -25,10 +25,10 @@ extern "C" __attribute__((visibility("default"))) void* sglang_symm_cuda_malloc(
     try {
       block = group->allocate_output(static_cast<size_t>(bytes), /*required=*/false, stream);
     } catch (const Error&) {
-      return nullptr;  // strict: PyTorch raises its OutOfMemoryError
+      return nullptr;  // strict, or a capture: PyTorch raises its OutOfMemoryError
     }
     if (block != nullptr) return block;
-    if (!capture_of(stream)) ops::warn_full_once(*group, static_cast<size_t>(bytes));
+    ops::warn_full_once(*group, static_cast<size_t>(bytes));
   }
   int before = -1;
   if (cudaGetDevice(&before) != cudaSuccess) return nullptr;

@@ -114,6 +114,29 @@ def test_a_full_arena_gives_ordinary_memory_or_an_error(make, rank, size):
     assert torch.ops.sglang_symm._in_arena(group.all_reduce(x), group.unique_name)
 
 
+def test_a_full_arena_in_a_capture_is_an_error_before_anything_is_sent(make, rank, size):
+    """A graph's memory is its own for ever; what would be ordinary memory now would be so in each replay."""
+    group = make(arena_bytes=16 << 20)
+    x, y = torch.ones(1 << 20, device="cuda"), torch.ones(1000, device="cuda")
+    group.all_reduce(y)
+    kept = memory.empty(group.memory_stats()["largest_free_bytes"] - (64 << 10), group=group, dtype=torch.uint8)
+    torch.cuda.synchronize()
+    calls = group.info()["calls"]
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(torch.OutOfMemoryError, match="arena_bytes"):
+        group.all_reduce(x)
+    refused = pytest.raises(torch.OutOfMemoryError)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), refused, memory.use_symmetric_memory(group):
+        torch.ones(5_000_000, device="cuda")
+    assert group.info()["calls"] == calls
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = group.all_reduce(y)
+    graph.replay()
+    assert (total == size).all()
+    del kept
+    assert (group.all_reduce(x) == size).all()
+
+
 def test_destroy_and_create_again(make, rank, size):
     for _ in range(3):
         group = make()
@@ -145,8 +168,10 @@ def test_foreign_ops_allocate_in_the_arena_under_the_context(make, rank, size):
         with memory.use_symmetric_memory(group):
             captured = torch.ones(3000, device="cuda")
         total = group.all_reduce(captured)
+    assert inside(captured)
     with memory.use_symmetric_memory(group):
         eager = [torch.full((3000,), -1.0, device="cuda") for _ in range(50)]
+    assert all(map(inside, eager))
     graph.replay()
     assert (total == size).all()
     assert all((x == -1).all() for x in eager)
