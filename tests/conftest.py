@@ -12,6 +12,8 @@ import pytest
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+# The device of tests/distributed: cpu or cuda.
+DEVICE = os.environ.get("SGLANG_SYMM_TEST_DEVICE", "cpu")
 # Set by tools/run_tests.py: where each rank leaves its counts.
 RESULTS = os.environ.get("SGLANG_SYMM_TEST_RESULTS")
 
@@ -54,6 +56,7 @@ class Report:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only(reason): why a test of tests/distributed does not run on GPUs")
     report = Report()
     if RANK > 0:
         report.hold_output(config)
@@ -61,9 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test marked world_size(a, b) runs with a or b ranks only."""
+    """A test marked world_size(a, b) runs with a or b ranks only; one marked cpu_only(reason) not on GPUs."""
     elsewhere = []
     for item in items:
+        cpu_only = item.get_closest_marker("cpu_only")
+        if cpu_only is not None and DEVICE != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"not on {DEVICE}: {cpu_only.args[0]}"))
         mark = item.get_closest_marker("world_size")
         if mark is not None and WORLD_SIZE not in mark.args:
             elsewhere.append(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -12,23 +13,29 @@ import torch.distributed as dist
 
 from sglang_symm.distributed.rendezvous import Meeting, default_store
 
+# Where the tests of tests/distributed keep their tensors: cpu or cuda.
+DEVICE = os.environ.get("SGLANG_SYMM_TEST_DEVICE", "cpu")
 NATIVE = [torch.float32, torch.bfloat16, torch.float16]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def inputs(size: int, shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
-    """The tensor of each rank. Magnitudes differ, so that the order of additions shows in the result."""
+    """The tensor of each rank, alike on every device. Magnitudes differ, so that the order of additions shows."""
     tensors = []
     for rank in range(size):
-        generator = torch.Generator().manual_seed(1000 * seed + rank)
+        options = {"generator": torch.Generator().manual_seed(1000 * seed + rank), "device": "cpu"}
         if dtype.is_floating_point:
-            x = torch.randn(tuple(shape), generator=generator) * 3.0 ** (rank % 5)
-            tensors.append(x.to(dtype))
+            tensors.append((torch.randn(tuple(shape), **options) * 3.0 ** (rank % 5)).to(dtype))
         elif dtype is torch.bool:
-            tensors.append(torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.uint8).bool())
+            tensors.append(torch.randint(0, 2, tuple(shape), dtype=torch.uint8, **options).bool())
         else:
-            tensors.append(torch.randint(0, 10, tuple(shape), generator=generator, dtype=dtype))
-    return tensors
+            tensors.append(torch.randint(0, 10, tuple(shape), dtype=dtype, **options))
+    return [x.to(torch.get_default_device()) for x in tensors]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator for tensors of the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def ordered_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -43,12 +50,16 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Equal dtype, shape and bits."""
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
+    if x.device != y.device:  # what another rank sent
+        x, y = x.cpu(), y.cpu()
     bits = _BITS[x.element_size()]
     return torch.equal(x.contiguous().view(bits), y.contiguous().view(bits))
 
 
 def gather_objects(value: Any) -> list[Any]:
     """The value of each rank of the world; through the store, which no failed test can break. Also a barrier."""
+    if isinstance(value, torch.Tensor):
+        value = value.cpu()
     meeting = Meeting(default_store(), "test gather", dist.get_rank(), dist.get_world_size(), 60)
     meeting.agree({})
     texts = meeting.exchange("value", base64.b64encode(pickle.dumps(value)).decode())
@@ -62,3 +73,12 @@ def raised(call: Any, *args: Any, **kwargs: Any) -> BaseException | None:
     except Exception as error:
         return error
     return None
+
+
+def failure(group: Any, call: Any, *args: Any) -> BaseException | None:
+    """What the call raised. On GPUs it returns before its kernel has run: then what the group says when it has."""
+    error = raised(call, *args)
+    if error is None and group.device.type == "cuda":
+        torch.cuda.synchronize()
+        error = raised(group.check)
+    return error

@@ -40,8 +40,8 @@ class Case:
         generator = torch.Generator().manual_seed(ranks.rank)
 
         def tensor(*shape: int) -> Tensor:
-            x = torch.randint(0, 2 if dtype is torch.bool else 5, shape, generator=generator).to(dtype)
-            return x.requires_grad_(grads)
+            x = torch.randint(0, 2 if dtype is torch.bool else 5, shape, generator=generator, device="cpu")
+            return x.to(torch.get_default_device(), dtype).requires_grad_(grads)
 
         torch.library.opcheck(
             getattr(torch.ops.sglang_symm, self.op).default,

@@ -296,7 +296,7 @@ class Group:
         return box[0]
 
     def barrier(self) -> None:
-        """Return when every rank has called it."""
+        """Return when every rank has called it; on GPUs the current stream waits instead, not the host."""
         self._check_usable("barrier")
         torch.ops.sglang_symm.barrier(self._token, self.unique_name)
 

@@ -2,6 +2,9 @@
 
 Every test begins with all ranks meeting in the store, so a test that failed on one rank does not shift the calls of
 the next. Without torchrun the world is this process alone.
+
+With SGLANG_SYMM_TEST_DEVICE=cuda the same files run on GPUs (tools/run_tests.py --device cuda), a GPU a rank, or all on
+one (tools/mps_rig.py). What cannot, is marked cpu_only with its reason.
 """
 
 from __future__ import annotations
@@ -14,22 +17,31 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_cases import DEVICE
 
 from sglang_symm.distributed import Group, destroy_model_parallel
 from sglang_symm.distributed.rendezvous import Meeting, default_store
 
 # Short enough that a hang is a failure soon, long enough for more ranks than cores.
-SETTINGS: dict[str, Any] = {"arena_bytes": 16 << 20, "timeout": 20.0, "first_timeout": 40.0}
+SETTINGS: dict[str, Any] = {"device": DEVICE, "arena_bytes": 16 << 20, "timeout": 20.0, "first_timeout": 40.0}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def world() -> Iterator[None]:
+    backend = "gloo"
+    if DEVICE == "cuda":
+        gpu = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(gpu)
+        torch.set_default_device(f"cuda:{gpu}")
+        if int(os.environ.get("WORLD_SIZE", "1")) <= torch.cuda.device_count():  # NCCL refuses two ranks on one GPU
+            backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+        dist.init_process_group(backend, timeout=timedelta(seconds=20))
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     torch.set_num_threads(1)
     yield
+    torch.set_default_device(None)
     for group in _groups.values():
         group.destroy()
     _groups.clear()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed_cases import NATIVE, gather_objects, inputs, ordered_sum, same_bits
+from distributed_cases import NATIVE, gather_objects, inputs, ordered_sum, same_bits, seeded
 
 import sglang_symm.memory as memory
 
@@ -217,7 +217,7 @@ def test_a_group_without_arena_works_through_its_process_group(make):
 
 def test_many_calls_in_a_row_of_changing_size_and_kind(group):
     """Slots are reused every second call: a stale slot would show."""
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     for step in range(300):
         count = int(torch.randint(0, 3000, (), generator=generator))
         x = torch.full((count,), float(group.rank_in_group + step))

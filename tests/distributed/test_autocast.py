@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_cases import same_bits
+from distributed_cases import DEVICE, same_bits, seeded
 
 from sglang_symm.distributed import Group
 
@@ -17,13 +17,13 @@ OPS = torch.ops.sglang_symm
 def test_autocast_lowers_the_row_parallel_linear_and_keeps_the_gradients_dtype(
     group: Group, lower: torch.dtype, compiled: bool
 ) -> None:
-    generator = torch.Generator().manual_seed(group.rank_in_group)
+    generator = seeded(group.rank_in_group)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((3, 8), (5, 8), (5,)))
     weight.requires_grad_()
     expected = OPS.row_parallel_linear(x.to(lower), weight.to(lower), bias.to(lower), group.unique_name)
 
     def call() -> torch.Tensor:
-        with torch.autocast("cpu", lower):
+        with torch.autocast(DEVICE, lower):
             return OPS.row_parallel_linear(x, weight, bias, group.unique_name)
 
     y = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
@@ -32,6 +32,6 @@ def test_autocast_lowers_the_row_parallel_linear_and_keeps_the_gradients_dtype(
     y.float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype is torch.float32
-    with torch.autocast("cpu", lower):  # fp64 stays, as in PyTorch
+    with torch.autocast(DEVICE, lower):  # fp64 stays, as in PyTorch
         z = OPS.row_parallel_linear(x.double(), weight.detach().double(), None, group.unique_name)
     assert z.dtype is torch.float64

@@ -11,7 +11,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import SETTINGS
-from distributed_cases import same_bits
+from distributed_cases import DEVICE, same_bits, seeded
 from torch import Tensor, nn
 
 from sglang_symm.distributed import DpPaddingMode, ForwardBatch, ParallelState, initialize_model_parallel
@@ -19,6 +19,7 @@ from sglang_symm.layers import ColumnParallelLinear, KVCache, RotaryEmbedding, R
 from sglang_symm.models import LlamaConfig
 from sglang_symm.models.llama import LlamaDecoderLayer
 
+pytestmark = pytest.mark.cpu_only("minutes of compiling; test_fake.py and test_gradients.py compile the ops on GPUs")
 # Ranks compile at different speeds, and wait for each other in the first call after.
 PATIENT = SETTINGS | {"timeout": 240.0, "first_timeout": 240.0}
 
@@ -49,7 +50,7 @@ class MLP(nn.Module):
 
 
 def filled(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(dist.get_rank())
+    generator = seeded(dist.get_rank())
     for parameter in module.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     return module
@@ -61,7 +62,7 @@ def whole_state(**settings: Any) -> ParallelState:
 
 def tokens(n: int, seed: int = 0) -> Tensor:
     """The same on every rank."""
-    return torch.randn(n, 24, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, 24, generator=seeded(seed))
 
 
 @pytest.mark.world_size(2, 3)
@@ -127,11 +128,11 @@ def decoder(state: ParallelState, mlp_group: Any) -> LlamaDecoderLayer:
 @torch.no_grad()
 def steps(call: Callable[..., Any], state: ParallelState, mode: DpPaddingMode | None, decoded: int) -> list[Tensor]:
     """A prefill of two sequences, and some decoding after it. A DP rank's sequences are its own."""
-    cache = KVCache(1, 2, 12 // state.attn_tp_size, 32, 4)
+    cache = KVCache(1, 2, 12 // state.attn_tp_size, 32, 4, device=DEVICE)
     starts, results = [0, 0], []
     lengths = [5 + state.attn_dp_rank, 3]
     for step in range(1 + decoded):
-        batch = TokenBatch([0, 1], starts, lengths)
+        batch = TokenBatch([0, 1], starts, lengths, DEVICE)
         x, residual = (tokens(batch.num_tokens, seed=100 * state.attn_dp_rank + 10 * step + s) for s in range(2))
         cos, sin = RotaryEmbedding(4).cos_sin(batch.positions, x.dtype)
         counts = state.exchange_token_counts(batch.num_tokens)

@@ -38,6 +38,7 @@ def smollm2_file() -> Path | None:
 
 
 FILE = smollm2_file()
+pytestmark = pytest.mark.cpu_only("`make demo` asks the same of this model on GPUs")
 
 
 def greedy_of_transformers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import SETTINGS
-from distributed_cases import same_bits
+from distributed_cases import DEVICE, same_bits, seeded
 from torch import Tensor, nn
 
 from sglang_symm.distributed import ForwardBatch, Group, ParallelState, initialize_model_parallel
@@ -35,7 +35,7 @@ SUM_BOUND, LAYER_BOUND = 8, 64
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
 
 
 def close(found: Tensor | None, expected: Tensor | None, bound: float = SUM_BOUND) -> None:
@@ -318,11 +318,12 @@ def test_a_decoder_layer_learns_what_one_process_learns(state: ParallelState, al
         head_dim=8,
     )
     ours, whole = pair(lambda s: LlamaDecoderLayer(config, 0, "tp", s), state, alone)
-    batch = TokenBatch([0], [0], [7])  # of two, the second would write to the cache that the first one's backward needs
+    # Of two sequences, the second would write to the cache that the first one's backward needs.
+    batch = TokenBatch([0], [0], [7], DEVICE)
     cos, sin = RotaryEmbedding(8).cos_sin(batch.positions, torch.float32)
     for layer in (ours, whole):
         x, residual = (rand(7, 48, seed=s, dtype=torch.float32) for s in (20, 21))
-        cache = KVCache(1, 1, 6 // layer.state.attn_tp_size, 8, 8)
+        cache = KVCache(1, 1, 6 // layer.state.attn_tp_size, 8, 8, device=DEVICE)
         with layer.state.forward(ForwardBatch([7], is_extend=True)):
             y, stream = layer(x, residual, cos, sin, batch, cache)
         rank_loss(y + stream, rank=0).backward()

@@ -7,13 +7,15 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import gather_objects, raised
+from distributed_cases import DEVICE, gather_objects, raised, seeded
 
 import sglang_symm.memory as memory
 from sglang_symm import _library
 from sglang_symm.distributed import Group, new_process_group
 
 several_ranks = pytest.mark.skipif("int(__import__('os').environ.get('WORLD_SIZE', '1')) == 1", reason="one rank")
+
+FORKED = "CUDA itself refuses to work in a forked child"
 
 
 def works(group):
@@ -25,7 +27,7 @@ def works(group):
 def test_a_group_knows_its_members_and_has_one_name_on_all_of_them(make, rank, size):
     group = make(name="mine")
     assert (group.rank_in_group, group.world_size, group.ranks) == (rank, size, list(range(size)))
-    assert (group.device, group.communicator) == (torch.device("cpu"), "symm")
+    assert (group.device, group.communicator) == (torch.get_default_device(), "symm")
     assert group.cpu_group is group.device_group is dist.group.WORLD
     assert len(set(gather_objects(group.unique_name))) == 1
     assert "mine" in group.unique_name
@@ -53,7 +55,7 @@ def test_overlapping_groups_made_by_their_members_only(make, rank, size):
     # Each rank destroys in an order of its own, with live tensors; nobody waits for anybody.
     outputs = [group.all_reduce(torch.ones(10)) for group in groups]
     gather_objects(None)
-    generator = torch.Generator().manual_seed(rank)
+    generator = seeded(rank)
     for index in torch.randperm(len(groups), generator=generator).tolist():
         groups[index].destroy()
     assert [y[0].item() for y in outputs] == [float(group.world_size) for group in groups]
@@ -78,9 +80,9 @@ def test_impossible_members_are_refused(ranks):
 
 def test_a_group_of_a_device_mesh(make, size):
     if size % 2:
-        mesh = dist.init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "tp"))
+        mesh = dist.init_device_mesh(DEVICE, (1, size), mesh_dim_names=("dp", "tp"))
     else:
-        mesh = dist.init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+        mesh = dist.init_device_mesh(DEVICE, (2, size // 2), mesh_dim_names=("dp", "tp"))
     for sub in (mesh["tp"], mesh["dp"]):
         group = make(process_group=sub)
         assert group.ranks == sub.mesh.tolist()
@@ -326,6 +328,7 @@ def test_a_group_whose_object_is_forgotten_lives_on_under_its_name(make):
 
 
 @several_ranks
+@pytest.mark.cpu_only(FORKED)
 def test_a_forked_child_does_not_say_goodbye_for_its_parent(make):
     group = make()
     child = os.fork()
@@ -338,6 +341,7 @@ def test_a_forked_child_does_not_say_goodbye_for_its_parent(make):
 
 
 @several_ranks
+@pytest.mark.cpu_only(FORKED)
 def test_a_forked_child_cannot_use_its_parent_s_group_and_the_parent_goes_on(make):
     group = make()
     assert works(group)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import SETTINGS
+from distributed_cases import seeded
 from torch import Tensor, nn
 
 from sglang_symm.distributed import ParallelState, initialize_model_parallel
@@ -29,7 +30,7 @@ def state(request: pytest.FixtureRequest) -> ParallelState:
 
 
 def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(5)
+    g = seeded(5)
     return tuple(torch.randn(shape, generator=g).to(dtype) for shape in ((7, K), (N, K), (N,)))  # type: ignore[return-value]
 
 

@@ -29,6 +29,8 @@ from sglang_symm.distributed.rendezvous import Meeting, default_store
 from sglang_symm.model_runner import ModelRunner, ServerArgs
 from sglang_symm.sampling import SamplingParams
 
+pytestmark = pytest.mark.cpu_only("tests/gpu/test_llama.py is its twin, with CUDA graphs and its own bounds")
+
 
 def layout(attn_dp: int, attn_tp: int) -> Any:
     name = f"TP{attn_tp}" if attn_dp == 1 else f"{attn_dp}x{attn_tp}"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import SETTINGS
+from distributed_cases import DEVICE, seeded
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -26,7 +27,7 @@ BOUND = 64
 
 @pytest.fixture
 def mesh(size: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    return init_device_mesh(DEVICE, (size,), mesh_dim_names=("tp",))
 
 
 class MLP(nn.Module):
@@ -58,7 +59,7 @@ def sharded(mesh: DeviceMesh, style: Any = None, column: Any = None, bias: bool 
 
 
 def tokens() -> Tensor:
-    return torch.randn(6, 6, 12, generator=torch.Generator().manual_seed(1))
+    return torch.randn(6, 6, 12, generator=seeded(1))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -89,7 +90,7 @@ def test_layouts_are_those_of_rowwise_parallel(mesh: DeviceMesh, output: Any, lo
         if style is SymmRowwiseParallel:
             layouts["group"] = group
         linear = parallelize_module(MLP().down, mesh, style(**layouts))
-        x = torch.randn(6, 6, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(6, 6, 24, generator=seeded(1)).requires_grad_()
         y = linear(x)
         whole(y).sin().sum().backward()
         results.append((y, x.grad, linear.weight.grad))
@@ -124,7 +125,7 @@ def test_a_sharded_output_sends_every_ranks_gradient_back(mesh: DeviceMesh) -> N
 def test_a_dtensor_comes_in_by_its_own_layout(mesh: DeviceMesh) -> None:
     ours, reference = sharded(mesh, column=ColwiseParallel(use_local_output=False)), MLP()
     close(ours(tokens()).detach(), reference(tokens()).detach())
-    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 24, generator=seeded(1))
     for placement in (Replicate(), Shard(0), Shard(1)):
         given = distribute_tensor(x, mesh, [placement])
         close(ours.down(given).detach(), reference.down(x).detach())
@@ -133,7 +134,7 @@ def test_a_dtensor_comes_in_by_its_own_layout(mesh: DeviceMesh) -> None:
 
 def test_the_layers_of_a_mesh_share_one_group(size: int) -> None:
     # A process group of its own: over the world's there may be groups already, which the layers would take.
-    mesh = DeviceMesh.from_group(dist.new_group(list(range(size))), "cpu", mesh_dim_names=("tp",))
+    mesh = DeviceMesh.from_group(dist.new_group(list(range(size))), DEVICE, mesh_dim_names=("tp",))
     model = nn.Sequential(MLP(), MLP())
     plan = {"*.up": ColwiseParallel(), "*.down": SymmRowwiseParallel()}
     parallelize_module(model, mesh, plan)
@@ -187,6 +188,6 @@ def test_columns_need_not_divide_by_the_ranks(mesh: DeviceMesh) -> None:
     torch.manual_seed(3)
     group = Group.from_mesh(mesh, **SETTINGS)
     ours = parallelize_module(nn.Linear(10, 4), mesh, SymmRowwiseParallel(input_layouts=Replicate(), group=group))
-    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 10, generator=seeded(1))
     close(ours(x).detach(), reference(x).detach())
     group.destroy()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SETTINGS
-from distributed_cases import inputs, ordered_sum, same_bits
+from distributed_cases import DEVICE, inputs, ordered_sum, same_bits
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sglang_symm.distributed import ForwardBatch, Group, ParallelState
@@ -22,7 +22,7 @@ EVEN = pytest.mark.world_size(2, 4)
 @pytest.fixture
 def mesh(size: int) -> DeviceMesh:
     """Two rows of ranks: ("dp", "tp")."""
-    return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+    return init_device_mesh(DEVICE, (2, size // 2), mesh_dim_names=("dp", "tp"))
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_only_the_members_take_part_and_replicas_do_not_meet(
 
 @pytest.mark.world_size(4)
 def test_attention_groups_divide_the_given_group(state_of: Callable[..., ParallelState], rank: int, size: int) -> None:
-    flat = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    flat = init_device_mesh(DEVICE, (size,), mesh_dim_names=("tp",))
     state = state_of(ParallelState.from_mesh, flat, attention_data_parallel_size=2, enable_symm_mem=True)
     assert state.tp.ranks == [0, 1, 2, 3]
     assert state.attn_tp.ranks == [[0, 1], [0, 1], [2, 3], [2, 3]][rank]
