@@ -1,4 +1,4 @@
-"""Builds the model checker, and prints at the end how many states each test visited."""
+"""Builds the model checkers, and prints at the end how many states each test visited."""
 
 from __future__ import annotations
 
@@ -10,23 +10,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = Path(__file__).with_name("protocol_model.cpp")
 COUNTS = pytest.StashKey[list[str]]()
+
+
+def built(name: str) -> Path:
+    """The program of that name, built anew when its source is newer."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler ({compiler})")
+    program = ROOT / "build" / "model" / name
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        program.parent.mkdir(parents=True, exist_ok=True)
+        fresh = program.with_suffix(f".{os.getpid()}")  # moved into place: several test runs may build at a time
+        subprocess.run([compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", source, "-o", fresh], check=True)
+        fresh.replace(program)
+    return program
 
 
 @pytest.fixture(scope="session")
 def checker() -> Path:
-    """The program, built anew when its source is newer."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler ({compiler})")
-    program = ROOT / "build" / "model" / "protocol_model"
-    if not program.exists() or program.stat().st_mtime < SOURCE.stat().st_mtime:
-        program.parent.mkdir(parents=True, exist_ok=True)
-        fresh = program.with_suffix(f".{os.getpid()}")  # moved into place: several test runs may build at a time
-        subprocess.run([compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", SOURCE, "-o", fresh], check=True)
-        fresh.replace(program)
-    return program
+    """The model of docs/protocol.md, on CPUs."""
+    return built("protocol_model")
+
+
+@pytest.fixture(scope="session")
+def gpu_checker() -> Path:
+    """The model of the same between GPUs."""
+    return built("gpu_model")
 
 
 @pytest.fixture
@@ -39,6 +50,6 @@ def counts(request: pytest.FixtureRequest) -> list[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     lines = config.stash.get(COUNTS, [])
     if lines:
-        terminalreporter.section("states of the protocol model")
+        terminalreporter.section("states of the protocol models")
         for line in lines:
             terminalreporter.write_line(line)
