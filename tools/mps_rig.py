@@ -84,6 +84,7 @@ def start_mps(folder: str) -> bool:
     if Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"], "control").exists():
         return False
     subprocess.run([MPS, "-d"], check=True)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # MPS numbers the GPUs that it sees
     return True
 
 

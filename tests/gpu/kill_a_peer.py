@@ -1,6 +1,6 @@
-"""Two ranks on two GPUs; one is killed while the other waits in a kernel, in eager code and in a replay.
+"""Two ranks on two GPUs; one is killed while the other waits in a kernel.
 
-python tests/gpu/kill_a_peer.py            prints PASS and how long the survivor took to raise
+python tests/gpu/kill_a_peer.py [mode ...]          prints PASS and how long the survivor took to raise
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES = ("eager", "replay", "fused", "fused replay")
 
 
-def survivor(graph_mode: bool, rank: int, path: str) -> None:
+def survivor(mode: str, rank: int, path: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -23,17 +27,27 @@ def survivor(graph_mode: bool, rank: int, path: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
     group = Group(device="cuda", timeout=60.0)
     x = torch.ones(100_000, device="cuda", dtype=torch.bfloat16)
-    assert (group.all_reduce(x) == 2).all()
+    tokens, weight = (torch.ones(n, 64, device="cuda", dtype=torch.bfloat16) for n in (16, 4096))
+
+    def call() -> torch.Tensor:
+        if not mode.startswith("fused"):
+            return group.all_reduce(x)
+        return torch.ops.sglang_symm.row_parallel_linear(tokens, weight, None, group.unique_name)
+
+    expected = 128 if mode.startswith("fused") else 2
+    assert (call() == expected).all()
+    assert (group.info()["fused_calls"] > 0) == mode.startswith("fused")
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        group.all_reduce(x)
+        call()
     graph.replay()
     torch.cuda.synchronize()
     if rank == 1:
         time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.5)
-    graph.replay() if graph_mode else group.all_reduce(x)
+    graph.replay() if mode.endswith("replay") else call()
     torch.cuda.synchronize()
     seconds = time.monotonic()
     try:
@@ -45,18 +59,22 @@ def survivor(graph_mode: bool, rank: int, path: str) -> None:
         print("raised", seconds)
     assert (x + 1 == 2).all()  # the context lives
     group.destroy()
-    print("PASS", "replay" if graph_mode else "eager", flush=True)
+    print("PASS", mode, flush=True)
     os._exit(0)
 
 
 def main() -> int:
     if len(sys.argv) == 4:
-        survivor(sys.argv[1] == "replay", int(sys.argv[2]), sys.argv[3])
+        survivor(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     status = 0
-    for mode in ("eager", "replay"):
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    for mode in sys.argv[1:] or MODES:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, mode]
-            ranks = [subprocess.Popen([*command, str(r), f"{folder}/store"], stdout=subprocess.PIPE) for r in (0, 1)]
+            ranks = [
+                subprocess.Popen([*command, str(r), f"{folder}/store"], stdout=subprocess.PIPE, env=env) for r in (0, 1)
+            ]
             ranks[1].wait(120)
             died = time.monotonic()
             output = ranks[0].communicate(timeout=90)[0].decode()

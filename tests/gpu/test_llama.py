@@ -12,16 +12,19 @@ import llama_cases
 import pytest
 import torch
 import torch.distributed as dist
-from llama_cases import EIGHT_HEADS, SEQUENCES, Reference, max_error_in_eps, transformers_reference
+from llama_cases import EIGHT_HEADS, SEQUENCES, SIX_HEADS, Reference, max_error_in_eps, transformers_reference
 
 from sglang_symm.distributed import ParallelState, destroy_model_parallel, initialize_model_parallel
 from sglang_symm.model_runner import ModelRunner, ServerArgs
 from sglang_symm.sampling import SamplingParams
 
 SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-pytestmark = pytest.mark.skipif(SIZE not in (1, 2, 4, 8), reason="the model's 8 heads do not divide by these ranks")
+pytestmark = pytest.mark.skipif(SIZE not in (1, 2, 3, 4, 6, 8), reason="no model's heads divide by these ranks")
+# As SmolLM2's: 9 heads in groups of 3, which 2 ranks cannot share.
+NINE_HEADS = SIX_HEADS | {"hidden_size": 72, "num_attention_heads": 9}
+MODEL = NINE_HEADS if SIZE % 3 == 0 else EIGHT_HEADS
 # attention-DP x attention-TP.
-LAYOUTS = [(dp, SIZE // dp) for dp in (1, 2, 4, 8) if SIZE % dp == 0]
+LAYOUTS = [(2, 3)] if SIZE == 6 else [(dp, SIZE // dp) for dp in (1, 2, 3, 4, 8) if SIZE % dp == 0]
 PROMPTS = [list(sequence) for sequence in SEQUENCES]
 NEW_TOKENS = 12
 # Kernels of other libraries add in yet other orders than those of the CPU (llama_cases.LOGITS_BOUND).
@@ -35,7 +38,7 @@ def llama(world: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     if dist.get_rank() == 0:
         from transformers import AutoModelForCausalLM
 
-        folder = llama_cases.make_folder(tmp_path_factory.mktemp("llama") / "model", EIGHT_HEADS, attention_bias=True)
+        folder = llama_cases.make_folder(tmp_path_factory.mktemp("llama") / "model", MODEL, attention_bias=True)
         narrow = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         with torch.inference_mode():
             bf16 = [narrow(torch.tensor([sequence])).logits[0].float() for sequence in SEQUENCES]
@@ -113,7 +116,7 @@ def test_a_replay_equals_eager_to_the_bit(layout, dtype, llama, start):
     for step in range(24):
         size = graphs.batch_sizes[step % 4]
         rows = int(torch.randint(0, size + 1, (), generator=generator))
-        tokens = torch.randint(0, 128, (rows,), generator=generator).tolist()
+        tokens = torch.randint(0, MODEL["vocab_size"], (rows,), generator=generator).tolist()
         positions = torch.randint(0, 64, (rows,), generator=generator).tolist()
         before = cache.keys.clone(), cache.values.clone()
         graphs.fill(tokens, positions, size)
@@ -127,7 +130,7 @@ def test_a_replay_equals_eager_to_the_bit(layout, dtype, llama, start):
     runner.check()
 
 
-@pytest.mark.skipif(SIZE == 1, reason="needs a peer")
+@pytest.mark.skipif(SIZE in (1, 6), reason="needs a peer, and heads that divide by all ranks")
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
 def test_no_token_is_handed_out_after_a_rank_was_missing(cuda_graphs, llama, start):
     class Stopped(Exception):

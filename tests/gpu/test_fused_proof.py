@@ -1,0 +1,93 @@
+"""The fused row-parallel linear for long: replays with churn, calls of random shapes, all compared bit by bit.
+
+SGLANG_SYMM_TEST_FUSED_CALLS=1000000 torchrun --nproc-per-node 2 -m pytest -s tests/gpu/test_fused_proof.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import pytest
+import torch
+
+from sglang_symm import memory
+from tests.gpu.test_fused import FUSED_WORLDS, Case
+
+REPLAYS = int(os.environ.get("SGLANG_SYMM_TEST_REPLAYS", "10000"))
+CALLS = int(os.environ.get("SGLANG_SYMM_TEST_FUSED_CALLS", "20000"))
+SECONDS = float(os.environ.get("SGLANG_SYMM_TEST_FUSED_SECONDS", "60"))
+
+
+@pytest.fixture(autouse=True)
+def fused_world(size):
+    if size not in FUSED_WORLDS:
+        pytest.skip("the fused kernel is for 2, 4 and 8 ranks")
+
+
+def test_replays_with_allocations_and_eager_calls_between_differ_in_no_bit(shared_group, rank, size):
+    group = shared_group
+    cases = [Case(size, m, 2184, 264, torch.bfloat16, seed=m, bias=m % 2 == 0) for m in (1, 7, 16, 33, 64)]
+    wants = [case.expected().view(torch.int16) for case in cases]
+    noise = torch.ones(5000, device="cuda")
+    for case in cases:
+        case.call(group, rank)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [case.call(group, rank, static_weight=i % 2 == 0) for i, case in enumerate(cases)]
+        total = group.all_reduce(noise)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    live = []
+    for i in range(REPLAYS):
+        graph.replay()
+        if i % 10 == 0:
+            for out, want in zip(outs, wants, strict=True):
+                wrong += (out.view(torch.int16) != want).sum()
+            wrong += (total != size).sum()
+            # Ranks hold different blocks.
+            live.append(memory.empty(100 * (1 + (i * 7 + rank * 3) % 50), group=group, dtype=torch.float32).fill_(-1.0))
+            live = live[-(1 + (i // 10 + rank) % 5) :]
+        if i % 50 == 0:
+            wrong += (cases[i // 50 % 5].call(group, rank).view(torch.int16) != wants[i // 50 % 5]).sum()
+    assert wrong.item() == 0
+    group.check()
+
+
+def test_calls_of_random_shapes_differ_in_no_bit(make, rank, size):
+    """The same calls on all ranks, in graphs of 100 so that the host does not hold them up."""
+    group = make(arena_bytes=128 << 20)
+    shapes = random.Random(7)
+    pool = []
+    for seed in range(60):
+        m, k = shapes.randint(1, 64), 8 * shapes.randint(1, 100)
+        n = 8 * (shapes.randint(1, 300) if m <= 16 else shapes.randint(265, 400))
+        case = Case(size, m, n, k, shapes.choice([torch.bfloat16, torch.float16]), seed, shapes.random() < 0.5)
+        pool.append((case, case.expected().view(torch.int16)))
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    before = group.info()["fused_calls"]
+    graphs = []
+    for _ in range(20):
+        chosen = [shapes.choice(pool) for _ in range(100)]
+        pool[0][0].call(group, rank)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i, (case, want) in enumerate(chosen):
+                y = case.call(group, rank, static_weight=i % 3 == 0)
+                wrong += (y.view(torch.int16) != want).sum()
+        graphs.append(graph)
+    assert group.info()["fused_calls"] - before == 20 * 101
+    start, calls = time.monotonic(), 0
+    stop = torch.zeros(1, device="cuda")
+    while calls < CALLS and stop.item() == 0:
+        for _ in range(10):
+            graphs[shapes.randrange(len(graphs))].replay()
+        calls += 1000
+        # Ranks stop together: whoever has run out of time says so.
+        stop = group.all_reduce(torch.full((1,), float(time.monotonic() - start > SECONDS), device="cuda"))
+    if rank == 0:
+        print(f"{calls} calls of 60 shapes in {time.monotonic() - start:.0f} s, {wrong.item()} wrong elements")
+    assert wrong.item() == 0
+    group.check()
