@@ -15,6 +15,8 @@ from sglang_symm.distributed.rendezvous import Meeting, default_store
 
 # Where the tests of tests/distributed keep their tensors: cpu or cuda.
 DEVICE = os.environ.get("SGLANG_SYMM_TEST_DEVICE", "cpu")
+# Seconds that the groups of tests/gpu wait.
+TIMEOUT = float(os.environ.get("SGLANG_SYMM_TEST_TIMEOUT", "20"))
 NATIVE = [torch.float32, torch.bfloat16, torch.float16]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

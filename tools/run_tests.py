@@ -1,6 +1,7 @@
 """Runs the tests: C++ unit tests, tests of one process, tests over several ranks, fault tests.
 
-    python tools/run_tests.py [part ...]      parts: cpp single ranks1 ... ranks8 faults (default: all)
+    python tools/run_tests.py [part ...]                  parts: cpp single ranks1 ... ranks8 faults (default: all)
+    python tools/run_tests.py --device cuda [part ...]    parts: gpus2 over2 rig3 rig4 rig6; with one GPU: rig2 ...
 
 The last line is the sum over all parts: `N passed, N failed, N skipped`. A test over ranks counts once in each run, as
 failed when it failed on any rank. With CI=true a missing GoogleTest is an error.
@@ -128,27 +129,43 @@ def ranks_part(ranks: int) -> Part:
     return part
 
 
+def over_gpus(name: str, gpus: int, *tests: str) -> Part:
+    part = pytest_part(name, *tests)
+    part.command = [*TORCHRUN, f"--nproc-per-node={gpus}", *part.command[1:]]
+    part.ranks = gpus
+    return part
+
+
+def on_the_rig(ranks: int, *tests: str) -> Part:
+    part = pytest_part(f"rig{ranks}", *tests)
+    part.command = [sys.executable, "tools/mps_rig.py", "--ranks", str(ranks), "--", *part.command[1:]]
+    part.ranks = ranks
+    return part
+
+
 def gpu_parts() -> list[Part]:
-    """Ranks on the GPUs of this machine; with one GPU, two and four ranks that share it (tools/mps_rig.py)."""
+    """Ranks on the GPUs of this machine, and what needs more ranks on the first of them (tools/mps_rig.py): SmolLM2's
+    heads divide by 3, and attention-TP is neither 1 nor all of TP at 2x2 and 2x3 alone."""
     import torch
 
     gpus = torch.cuda.device_count()
     if gpus == 0:
         raise SystemExit("run_tests: --device cuda, but torch sees no GPU here (nvidia-smi tells why)")
     if gpus > 1:
-        print(f"ranks on {gpus} GPUs", flush=True)
-        part = pytest_part(f"gpus{gpus}", "tests/gpu")
-        part.command = [*TORCHRUN, f"--nproc-per-node={gpus}", *part.command[1:]]
-        part.ranks = gpus
-        return [part]
-    print("one GPU: ranks share it through MPS (tools/mps_rig.py)", flush=True)
-    parts = []
-    for ranks in (2, 4):
-        part = pytest_part(f"rig{ranks}", "tests/gpu/test_collectives.py")
-        part.command = [sys.executable, "tools/mps_rig.py", "--ranks", str(ranks), "--", *part.command[1:]]
-        part.ranks = ranks
-        parts.append(part)
-    return parts
+        print(f"ranks on {gpus} GPUs; more ranks share the first through MPS (tools/mps_rig.py)", flush=True)
+        distributed = over_gpus(f"over{gpus}", gpus, "tests/distributed")
+        distributed.env = {"SGLANG_SYMM_TEST_DEVICE": "cuda"}
+        parts = [over_gpus(f"gpus{gpus}", gpus, "tests/gpu"), distributed]
+    else:
+        print(
+            "one GPU: ranks share it through MPS (tools/mps_rig.py). Left out: tests/distributed, whose process group "
+            "is NCCL's, and kill tests, which need a GPU a rank",
+            flush=True,
+        )
+        parts = [on_the_rig(2, "tests/gpu")]
+    models = ("tests/gpu/test_collectives.py", "tests/gpu/test_llama.py")
+    parts += [on_the_rig(3, *models), on_the_rig(4, "tests/gpu"), on_the_rig(6, "tests/gpu/test_llama.py")]
+    return [part for part in parts if part.ranks > gpus or not part.name.startswith("rig")]
 
 
 def all_parts(device: str) -> list[Part]:

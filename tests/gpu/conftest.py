@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_symm.distributed.group import Group
+from tests.distributed_cases import TIMEOUT
 
 # Elsewhere there is nothing to run.
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*"]
@@ -43,7 +44,7 @@ def make() -> Iterator[Callable[..., Group]]:
     groups: list[Group] = []
 
     def make_group(**settings: Any) -> Group:
-        groups.append(Group(device="cuda", **{"timeout": 20.0, "arena_bytes": 64 << 20, **settings}))
+        groups.append(Group(device="cuda", **{"timeout": TIMEOUT, "arena_bytes": 64 << 20, **settings}))
         return groups[-1]
 
     yield make_group
@@ -54,7 +55,7 @@ def make() -> Iterator[Callable[..., Group]]:
 
 @pytest.fixture(scope="session")
 def shared_group(world: None) -> Iterator[Group]:
-    group = Group(device="cuda", timeout=20.0, arena_bytes=64 << 20)
+    group = Group(device="cuda", timeout=TIMEOUT, arena_bytes=64 << 20)
     yield group
     torch.cuda.synchronize()
     group.destroy()

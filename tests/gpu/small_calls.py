@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-COUNTS = (0, 1, 7, 8, 1000, 5003)
+COUNTS = (0, 1, 1000, 5003)
 
 
 def collectives(rank: int, size: int) -> Iterator[tuple[str, bool]]:
@@ -31,19 +33,19 @@ def collectives(rank: int, size: int) -> Iterator[tuple[str, bool]]:
 
     for algo in ("one_shot", "two_shot", "two_shot_direct"):
         group = Group(device="cuda", timeout=120.0, arena_bytes=16 << 20, algo=algo)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in (torch.float32, torch.bfloat16):
             for count in COUNTS:
                 xs = inputs(size, [count], dtype, seed=count)
                 x = xs[rank].cuda()
                 for parity in range(2):
                     y = group.all_reduce(x).cpu()
                     yield f"all_reduce {algo} {dtype} {count} parity {parity}", same_bits(y, ordered_sum(xs))
-        xs = inputs(size, [700_001], torch.bfloat16)
-        yield f"all_reduce {algo} of 700001", same_bits(group.all_reduce(xs[rank].cuda()).cpu(), ordered_sum(xs))
+        xs = inputs(size, [300_001], torch.bfloat16)
+        yield f"all_reduce {algo} of 300001", same_bits(group.all_reduce(xs[rank].cuda()).cpu(), ordered_sum(xs))
         x = xs[rank].cuda()[1:5001]  # not aligned
         y = group.all_reduce(x).cpu()
         yield f"all_reduce {algo}, unaligned", same_bits(y, ordered_sum([t[1:5001] for t in xs]))
-        for rows in (1, 9, 3000, 30_000):
+        for rows in (1, 9, 30_000):
             xs = inputs(size, [rows * size, 3], torch.bfloat16, seed=rows)
             x = xs[rank].cuda()
             part = ordered_sum(xs)[rank * rows : (rank + 1) * rows]
@@ -73,6 +75,17 @@ def fused(rank: int, size: int) -> Iterator[tuple[str, bool]]:
             assert fused_calls(group) == before + 3
     group.check()
     group.destroy()
+
+
+def sanitizer(tool: str, report: Path) -> list[str]:
+    """The command before a rank's own; its option for names of kernels has had several names."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [program, "--tool", tool, "--log-file", str(report), "--error-exitcode", "9"]
+    for option in ("--kernel-regex", "--kernel-name"):
+        told = subprocess.run([program, option, "kns=sglang_symm", "true"], capture_output=True, text=True)
+        if not re.search(r"unrecogni|unknown|invalid|usage", told.stdout + told.stderr, re.I):
+            return [*command, option, "kns=sglang_symm"]
+    return command
 
 
 def run_rank(rank: int, store: str, only: str | None) -> None:
@@ -110,8 +123,7 @@ def main() -> int:
             command += ["--only", args.only] if args.only else []
             if args.sanitizer:
                 report = Path(args.reports, f"{args.sanitizer}.{rank}.txt")
-                watch = ["--tool", args.sanitizer, "--kernel-regex", "kns=sglang_symm", "--log-file", str(report)]
-                command = ["compute-sanitizer", *watch, "--error-exitcode", "9", *command]
+                command = [*sanitizer(args.sanitizer, report), *command]
             ranks.append(subprocess.Popen(command, env=env))
         return max(rank.wait() for rank in ranks)
 

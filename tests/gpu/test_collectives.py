@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed_cases import NATIVE, inputs, ordered_sum, same_bits
+from tests.distributed_cases import NATIVE, TIMEOUT, inputs, ordered_sum, same_bits
 
 COUNTS = [0, 1, 3, 8, 127, 1000, 4096, 65_536 + 5, 700_001]
 ALGORITHMS = ["one_shot", "two_shot", "two_shot_direct"]
@@ -16,7 +16,7 @@ ALGORITHMS = ["one_shot", "two_shot", "two_shot_direct"]
 def group(request, world):
     from sglang_symm.distributed.group import Group
 
-    group = Group(device="cuda", timeout=20.0, arena_bytes=64 << 20, algo=request.param)
+    group = Group(device="cuda", timeout=TIMEOUT, arena_bytes=64 << 20, algo=request.param)
     yield group
     torch.cuda.synchronize()
     group.destroy()

@@ -1,0 +1,459 @@
+"""Break the GPUs' protocol on purpose, one line at a time, and require that the tests of tests/gpu notice.
+
+    python tools/mutants_cuda.py list
+    python tools/mutants_cuda.py build --out FOLDER [--only NAME]      where nvcc is: a library a mutant; no GPU needed
+    python tools/mutants_cuda.py run FOLDER [--jobs 4] [--limit 45]    where two GPUs are
+
+Needs a CUDA build in place (SGLANG_SYMM_CUDA=1 python setup.py build_ext --inplace). Only the sources that a mutant
+touches are compiled again, and for two ranks alone where its tests have two. Some mistakes show only when a rank is
+slow between two steps; such a mutant makes rank 1 sleep there, and a control of the same sleep without the mistake must
+pass, as must the library as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from mutants import Mutant  # noqa: E402
+
+ONE_SHOT, TWO_SHOT = "collective/one_shot_cuda.cu", "collective/two_shot_cuda.cu"
+DIRECT, SMALL = "collective/direct_cuda.cu", "collective/small_cuda.cu"
+FUSED = "fused/decode_sm90.cu"
+PAD = "signal/pad_cuda.cuh"
+
+COLLECTIVES = "tests/gpu/test_collectives.py -k "
+SUMS = COLLECTIVES + "'all_reduce_gives and bfloat16 and {}'"
+FAILURES = "tests/gpu/test_failures.py -k "
+FUSED_TEST = "tests/gpu/test_fused.py -k "
+TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
+
+# Where rank 1 is slow, in every fourth call: after it has sent its data, before it takes those of others.
+SLEEP = "if (s.call.rank == 1 && (s.epoch & 3) == 2) __nanosleep(100000);"
+SLOW = {
+    ONE_SHOT: (ONE_SHOT, "came = receive(s, slots, chunk, v);", SLEEP + " came = receive(s, slots, chunk, v);"),
+    TWO_SHOT: (TWO_SHOT, "if (receive(s, partials, i, v)) {", SLEEP + " if (receive(s, partials, i, v)) {"),
+    FUSED: (
+        "fused/decode_sm90.cuh",
+        "reducers.reduce(tile_of(i));",
+        SLEEP.replace("s.call", "a.call") + " reducers.reduce(tile_of(i));",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CudaMutant(Mutant):
+    """`file`, `old`, `new` as in tools/mutants.py; `tests`: arguments of pytest, one of which must fail."""
+
+    units: tuple[str, ...] = ()  # sources of csrc/ that are compiled again
+    slow: bool = False  # rank 1 is slow there
+    ranks: int = 2  # on GPUs of their own; 4: on one, by tools/mps_rig.py
+    control: bool = False  # its tests must pass
+
+
+MUTANTS = [
+    CudaMutant(
+        "one_shot: slots are not re-armed",
+        ONE_SHOT,
+        "re_arm<Max>(s, slots, chunk);",
+        "(void)0;",
+        SUMS.format("one_shot"),
+        (ONE_SHOT,),
+    ),
+    CudaMutant(
+        "one_shot: one parity for all slots",
+        ONE_SHOT,
+        "s.parity() * a.slot_bytes",
+        "0 * a.slot_bytes",
+        SUMS.format("one_shot"),
+        (ONE_SHOT,),
+        slow=True,
+    ),
+    CudaMutant(
+        "one_shot: a slot is used again one call early",
+        ONE_SHOT,
+        "s.parity() * a.slot_bytes",
+        "(s.epoch >> 1 & 1) * a.slot_bytes",
+        SUMS.format("one_shot"),
+        (ONE_SHOT,),
+        slow=True,
+    ),
+    CudaMutant(
+        "one_shot: no header is sent",
+        ONE_SHOT,
+        "if (blockIdx.x == 0 && s.alive) {\n      send_headers(s);",
+        "if (blockIdx.x == 0 && s.alive) {",
+        SUMS.format("one_shot"),
+        (ONE_SHOT,),
+    ),
+    CudaMutant(
+        "one_shot: descriptors are not compared",
+        PAD,
+        "same &= got.x == descriptor_word",
+        "same |= got.x == descriptor_word",
+        FAILURES + "different_ops",
+        (ONE_SHOT, SMALL),
+    ),
+    CudaMutant(
+        "one_shot: a kernel that gives up writes no status",
+        PAD,
+        "if (atomicCAS(&pad->claimed, 0u, 1u) == 0) {",
+        "if (atomicCAS(&pad->claimed, 0u, 1u) > 1u) {",
+        FAILURES + "'missing_rank_is_named and one_shot-64'",
+        (ONE_SHOT,),
+    ),
+    CudaMutant(
+        "one_shot: what did not come is summed all the same",
+        ONE_SHOT,
+        "if (!came) {",
+        "if (!came && a.count == 0) {",
+        FAILURES + "'missing_rank_is_named and one_shot-64'",
+        (ONE_SHOT,),
+    ),
+    CudaMutant(
+        "one_shot: a broken group goes on",
+        PAD,
+        "return {call, last + 1, broken == 0};",
+        "return {call, last + 1, broken < 2};",
+        FAILURES + "replay_after_destroy",
+        (ONE_SHOT,),
+    ),
+    CudaMutant(
+        "two_shot: slots of partials are not re-armed",
+        TWO_SHOT,
+        "re_arm<Max>(s, partials, i);",
+        "(void)0;",
+        SUMS.format("two_shot and not direct"),
+        (TWO_SHOT,),
+    ),
+    CudaMutant(
+        "two_shot: slots of results are not re-armed",
+        TWO_SHOT,
+        "store_sys(slot, all_bits_set());",
+        "(void)0;",
+        SUMS.format("two_shot and not direct"),
+        (TWO_SHOT,),
+    ),
+    CudaMutant(
+        "two_shot: one parity for all slots",
+        TWO_SHOT,
+        "const size_t begin = a.slots + s.parity() * a.slot_bytes;",
+        "const size_t begin = a.slots;",
+        SUMS.format("two_shot and not direct"),
+        (TWO_SHOT,),
+        slow=True,
+    ),
+    CudaMutant(
+        "reduce_scatter: slots are not re-armed",
+        TWO_SHOT,
+        "re_arm<Max>(s, slots, i);",
+        "(void)0;",
+        COLLECTIVES + "'reduce_scatter and bfloat16'",
+        (TWO_SHOT,),
+    ),
+    CudaMutant(
+        "direct: no done flag is awaited",
+        DIRECT,
+        "if (fine) fine = finish(s);\n  const std::byte* result",
+        "const std::byte* result",
+        SUMS.format("direct"),
+        (DIRECT,),
+    ),
+    CudaMutant(
+        "direct: done flags are sent before the share is written",
+        PAD,
+        "__threadfence_system();\n  __syncthreads();\n  bool fine = true;",
+        "bool fine = true;",
+        SUMS.format("direct"),
+        (DIRECT,),
+    ),
+    CudaMutant(
+        "small copies: an older copy counts",
+        SMALL,
+        "return got.y == s.epoch && got.w == s.epoch;",
+        "return got.y != 0 && got.w != 0;",
+        COLLECTIVES + "'all_gather_and and bfloat16'",
+        (SMALL,),
+    ),
+    CudaMutant(
+        "fused: slots are not re-armed",
+        "fused/reducer_sm90.cuh",
+        "store_slot(slot(tile, r, c, place), all_bits_set());",
+        "(void)place;",
+        TOKENS,
+        (FUSED,),
+    ),
+    CudaMutant(
+        "fused: the last tile is not re-armed",
+        "fused/reducer_sm90.cuh",
+        "store_slot(slot(tile, r, c, place), all_bits_set());",
+        "if (tile != a.tiles - 1) store_slot(slot(tile, r, c, place), all_bits_set());",
+        TOKENS,
+        (FUSED,),
+    ),
+    CudaMutant(
+        "fused: one parity for all slots",
+        "fused/tile_sm90.cuh",
+        "s.parity() * a.slot_bytes",
+        "0 * a.slot_bytes",
+        TOKENS,
+        (FUSED,),
+        slow=True,
+    ),
+    CudaMutant(
+        "fused: headers are not awaited",
+        "fused/decode_sm90.cuh",
+        "if (signals) await_headers(s);",
+        "(void)signals;",
+        FUSED_TEST + "'disagree and bias'",
+        (FUSED,),
+    ),
+    CudaMutant(
+        "fused, two-shot: slots of results are not re-armed",
+        "fused/reducer_sm90.cuh",
+        "store_slot(result(tile, c), all_bits_set());",
+        "(void)0;",
+        TOKENS,
+        (FUSED,),
+        ranks=4,
+    ),
+    CudaMutant(
+        "fused, two-shot: results of the last tile are not collected",
+        "fused/decode_sm90.cuh",
+        "if (reducers.two_shot() && tiles > 0) reducers.collect(tile_of(tiles - 1));",
+        "(void)0;",
+        TOKENS,
+        (FUSED,),
+        ranks=4,
+    ),
+]
+# What must pass: the library as it is, and a slow rank 1.
+CONTROLS = [
+    CudaMutant("(control) a slow rank: " + Path(unit).stem, file, old, new, tests, (unit,), control=True)
+    for unit, (file, old, new), tests in (
+        (ONE_SHOT, SLOW[ONE_SHOT], SUMS.format("one_shot")),
+        (TWO_SHOT, SLOW[TWO_SHOT], SUMS.format("two_shot and not direct")),
+        (FUSED, SLOW[FUSED], TOKENS),
+    )
+]
+# Instances for more than two ranks, which a mutant of two ranks does not need; it is compiled in half the time.
+NARROW = ("collective/launch_cuda.cuh", "return f(Constant<{}>{{}});")
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+# --- build ----------------------------------------------------------------------------------------------------------
+
+
+def edit(csrc: Path, mutant: Mutant, file: str, old: str, new: str) -> None:
+    path = csrc / file
+    text = path.read_text()
+    if text.count(old) != 1:
+        raise SystemExit(f"mutant '{mutant.name}': its line occurs {text.count(old)} times in csrc/{file}, expected 1")
+    path.write_text(text.replace(old, new))
+
+
+def build_folder() -> Path:
+    found = sorted((ROOT / "build").glob("torch-*-cuda*/build.ninja"))
+    if not found:
+        raise SystemExit("mutants_cuda: no CUDA build here: SGLANG_SYMM_CUDA=1 python setup.py build_ext --inplace")
+    return found[-1].parent
+
+
+def commands(folder: Path) -> dict[str, str]:
+    """Source in csrc/ -> the command that compiles it."""
+    ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+    text = subprocess.run([ninja, "-C", folder, "-t", "commands"], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for line in text.splitlines():
+        match = re.search(r"-c (\S*?/csrc/(\S+)) -o ", line)
+        if match:
+            found[match.group(2)] = line
+    return found
+
+
+def build(mutant: CudaMutant, folder: Path, compile_with: dict[str, str], out: Path) -> None:
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
+        work = Path(temporary)
+        shutil.copytree(ROOT / "csrc", work / "csrc")
+        edit(work / "csrc", mutant, mutant.file, mutant.old, mutant.new)
+        if mutant.slow:
+            edit(work / "csrc", mutant, *SLOW[mutant.units[0]])
+        if mutant.ranks == 2:
+            path = work / "csrc" / NARROW[0]
+            text = path.read_text()
+            for more in (4, 8, 16):
+                text = text.replace(NARROW[1].format(more), NARROW[1].format(2))
+            path.write_text(text)
+        objects = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.o"))}
+        for unit in mutant.units:
+            target = work / Path(unit).with_suffix(".o").name
+            name = str(Path("csrc", unit).with_suffix(".o"))
+            command = compile_with[unit].replace(str(folder / name), str(target)).replace("--Werror=all-warnings", "")
+            command = command.replace(str(ROOT / "csrc"), str(work / "csrc"))
+            subprocess.run(command, shell=True, check=True, cwd=work)
+            objects[name] = target
+        libraries = Path(torch.__file__).parent / "lib"
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        link = ["g++", "-shared", *map(str, objects.values()), f"-L{libraries}", f"-L{home}/lib64"]
+        link += ["-lc10", "-ltorch", "-ltorch_cpu", "-lcudart", "-lc10_cuda", "-ltorch_cuda"]
+        library = out / f"{slug(mutant.name)}.so"
+        subprocess.run([*link, "-Wl,--as-needed", "-Wl,-s", "-o", str(library)], check=True)
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def tree(library: Path, target: Path) -> None:
+    """What the tests need, with this library."""
+    for part in ("sglang_symm", "tests", "tools"):
+        shutil.copytree(ROOT / part, target / part, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
+    shutil.copyfile(ROOT / "pyproject.toml", target / "pyproject.toml")
+    shutil.copyfile(library, target / "sglang_symm" / "_C.abi3.so")
+
+
+def start(mutant: CudaMutant, target: Path, log: Path, gpu: int) -> list[subprocess.Popen[bytes]]:
+    tests = re.findall(r"'([^']*)'|(\S+)", mutant.tests)
+    pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(a or b for a, b in tests)]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(target),
+        "SGLANG_SYMM_TEST_TIMEOUT": "4",
+        "SGLANG_SYMM_FIRST_TIMEOUT": "10",
+        "OMP_NUM_THREADS": "1",
+    }
+    with open(log, "wb") as output:
+        if mutant.ranks > 2:
+            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            command = [sys.executable, "tools/mps_rig.py", "--ranks", str(mutant.ranks), "--", *pytest]
+            return [subprocess.Popen(command, cwd=target, env=env, stdout=output, stderr=output)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            subprocess.Popen(
+                [sys.executable, *pytest],
+                cwd=target,
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=output,
+                stderr=output,
+            )
+            for rank in (0, 1)
+        ]
+
+
+def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: int) -> tuple[bool, str]:
+    """True when the tests failed, and how."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        target, log = Path(folder), Path(folder, "log")
+        tree(library, target)
+        begin = time.monotonic()
+        ranks = start(mutant, target, log, gpu)
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() - begin < limit:
+            if any(rank.returncode for rank in ranks) and time.monotonic() - begin > 10:
+                limit = min(limit, time.monotonic() - begin + 5)  # its peer waits in vain
+            time.sleep(0.1)
+        late = [rank for rank in ranks if rank.poll() is None]
+        for rank in late:
+            rank.send_signal(signal.SIGTERM if mutant.ranks > 2 else signal.SIGKILL)
+        for rank in ranks:
+            rank.wait()
+        text = log.read_text(errors="replace")
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+        passed = re.findall(r"(\d+) passed", text)
+        if failed:
+            return True, failed[0]
+        if late:
+            return True, f"still waiting after {limit:.0f} s"
+        if any(rank.returncode for rank in ranks):
+            return True, f"no test failed, exit status {[rank.returncode for rank in ranks]}: {text[-300:]}"
+        return False, f"{passed[0] if passed else 'no'} passed"
+
+
+def all_of(selections: list[str]) -> str:
+    """One selection of all tests of several."""
+    split = [selection.split(" -k ") for selection in selections]
+    files = sorted({file for file, _ in split})
+    names = sorted({names.strip("'") for _, names in split})
+    return " ".join(files) + " -k '" + " or ".join(f"({name})" for name in names) + "'"
+
+
+def run(folder: Path, jobs: int, limit: float, only: str | None) -> int:
+    chosen = [m for m in [*CONTROLS, *MUTANTS] if (folder / f"{slug(m.name)}.so").is_file()]
+    chosen = [m for m in chosen if only is None or only in m.name]
+    plain = []
+    for ranks in sorted({m.ranks for m in chosen}):
+        name = f"(control) the library as it is, {ranks} ranks"
+        tests = all_of([m.tests for m in chosen if m.ranks == ranks])
+        plain.append(CudaMutant(name, "", "", "", tests, ranks=ranks, control=True))
+    original = ROOT / "sglang_symm" / "_C.abi3.so"
+    begin = time.monotonic()
+
+    def attempt(numbered: tuple[int, CudaMutant]) -> bool:
+        number, mutant = numbered
+        start = time.monotonic()
+        library = original if mutant in plain else folder / f"{slug(mutant.name)}.so"
+        noticed, how = try_mutant(mutant, library, limit, number % 2)
+        mark = ("CAUGHT" if noticed else "passes") if mutant.control else ("caught" if noticed else "SURVIVED")
+        print(f"{mark:8} {mutant.name}: {how} ({time.monotonic() - start:.0f} s)", flush=True)
+        return noticed != mutant.control
+
+    def several(those: list[CudaMutant], at_once: int) -> list[bool]:
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(attempt, enumerate(those)))
+
+    everything = [*plain, *chosen]
+    with ThreadPoolExecutor(2) as pool:  # those of the rig beside the others
+        rig = pool.submit(several, [m for m in everything if m.ranks > 2], max(1, jobs // 4))
+        right = several([m for m in everything if m.ranks == 2], jobs) + rig.result()
+    print(f"{sum(right)} as expected, {len(right) - sum(right)} not, {time.monotonic() - begin:.0f} s")
+    return 0 if all(right) else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=["list", "build", "run"])
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="of the libraries, for run")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the libraries, for build")
+    parser.add_argument("--only", metavar="NAME", help="those whose name contains NAME")
+    parser.add_argument("--jobs", type=int, default=4, help="mutants at a time (default 4)")
+    parser.add_argument("--limit", type=float, default=45.0, help="seconds after which waiting tests count as failed")
+    args = parser.parse_args()
+    if args.do == "run":
+        return run(args.folder, args.jobs, args.limit, args.only)
+    chosen = [m for m in [*CONTROLS, *MUTANTS] if args.only is None or args.only in m.name]
+    if args.do == "list":
+        for mutant in chosen:
+            print(f"{mutant.name}  (csrc/{mutant.file}; {mutant.tests})")
+        return 0
+    folder = build_folder()
+    compile_with = commands(folder)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for number, mutant in enumerate(chosen, 1):
+        begin = time.monotonic()
+        build(mutant, folder, compile_with, args.out)
+        print(f"{number:2}/{len(chosen)} {mutant.name} ({time.monotonic() - begin:.0f} s)", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
