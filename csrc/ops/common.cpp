@@ -77,7 +77,8 @@ ReduceOp to_reduce_op(const std::string& op) {
 
 std::shared_ptr<Group> group_for(const at::Tensor& x, const std::string& name, const char* op) {
   std::shared_ptr<Group> group = GroupRegistry::instance().find(name);
-  if (x.device().str() != group->config().device) {
+  const std::string& device = group->config().device;
+  if (x.is_cpu() ? device != "cpu" : device != x.device().str()) {  // str() allocates
     fail(ErrorKind::argument, op, ": group '", name, "' is on ", group->config().device, ", the tensor is on ",
          x.device().str(), " (rank ", group->rank(), ")");
   }

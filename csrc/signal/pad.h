@@ -8,11 +8,15 @@
 //   abort (rank 0's pad only)    any rank, once (CAS)           every rank  state == empty     acq_rel / acquire
 //   device                       the owner's GPU, once          every rank  state == empty     release / acquire
 //   left                         the owner's watcher            the owner   0                  release / acquire
+//   cores                        the owner, when it is made     every rank  -                  ordered by the
+//   rendezvous
 //
 // Two parities are enough: a call ends only when it holds every peer's header of the same epoch. So a rank in call n +
 // 2 knows that each peer has begun n + 1, hence has finished n and reads nothing of parity n any more. docs/protocol.md
 // has the whole argument. The pads lie in a segment of their own, in host memory for CPU groups.
 #pragma once
+
+#include <sched.h>
 
 #include <atomic>
 #include <cstdint>
@@ -64,6 +68,7 @@ struct Pad {
   AbortRecord abort;
   AbortRecord device;                      // what this rank's kernels found; moved to `abort` by a host
   alignas(64) std::atomic<uint32_t> left;  // bit r: rank r said bye to this rank
+  cpu_set_t cores;                         // where its owner may run; written before anybody maps the pad
   PadEntry from[kMaxWorldSize];
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "pads are shared between processes");

@@ -11,9 +11,11 @@ namespace {
 
 constexpr int64_t kAskInterruptNs = 100'000'000;
 
-int usable_cores() {
+cpu_set_t usable_cores() {
   cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  CPU_ZERO(&set);
+  sched_getaffinity(0, sizeof set, &set);  // fails on more than CPU_SETSIZE processors: then as if there were none
+  return set;
 }
 
 std::string ranks_of(uint32_t mask) {
@@ -31,15 +33,19 @@ SignalCpu::SignalCpu(std::string group, int rank, int world_size, const Deadline
       rank_(rank),
       world_size_(world_size),
       deadlines_(deadlines),
-      policy_(WaitPolicy::for_ranks(world_size, usable_cores())),
+      cores_(usable_cores()),
+      policy_(WaitPolicy::for_ranks(world_size, CPU_COUNT(&cores_))),
       own_(SegmentCpu::create(segment_bytes(), "sglang_symm pad " + group_)) {
   pads_[static_cast<size_t>(rank)] = reinterpret_cast<Pad*>(own_->data());  // zero-filled: epoch 0 was never a call
+  own_pad()->cores = cores_;
 }
 
 void SignalCpu::attach(int peer, Fd fd) {
   auto& segment = peers_[static_cast<size_t>(peer)];
   segment = SegmentCpu::import(std::move(fd), segment_bytes());
   pads_[static_cast<size_t>(peer)] = reinterpret_cast<Pad*>(segment->data());
+  CPU_OR(&cores_, &cores_, &pad(peer)->cores);
+  policy_ = WaitPolicy::for_ranks(world_size_, CPU_COUNT(&cores_));
 }
 
 Call SignalCpu::start(const Descriptor& descriptor, uint64_t offset_in, uint64_t offset_out) {

@@ -67,6 +67,8 @@ class SignalCpu {
   void close() { closing_.store(true, std::memory_order_release); }
   // A header of this call cannot be true: breaks the group and raises.
   [[noreturn]] void damaged(const Call& call, int peer) const;
+  // Cores that the attached ranks may run on, together: fewer than ranks, and waiting yields at once.
+  int cores() const { return CPU_COUNT(&cores_); }
   int next_parity() const { return static_cast<int>((epoch_ + 1) & 1); }
 
  private:
@@ -82,6 +84,7 @@ class SignalCpu {
   int rank_;
   int world_size_;
   Deadlines deadlines_;
+  cpu_set_t cores_{};  // of all ranks together: each may be bound to its own
   WaitPolicy policy_;
   std::unique_ptr<SegmentCpu> own_;
   std::array<std::unique_ptr<SegmentCpu>, kMaxWorldSize> peers_;

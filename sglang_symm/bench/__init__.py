@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="of gloo,deepspeed,openmpi,mpich; 'all' that are installed (default), or 'none'",
     )
+    parser.add_argument(
+        "--bind", action="store_true", help="rank r to the (r modulo cores)-th core, as mpirun binds its processes"
+    )
     parser.add_argument("--rounds", type=int, default=11, help="rounds, in which the peers take turns (default 11)")
     parser.add_argument("--seconds", type=float, default=0.05, help="of calls in a round (default 0.05)")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or instead of the table")
@@ -127,6 +130,9 @@ def _say(text: str) -> None:
 
 
 def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> int:
+    cores = sorted(os.sched_getaffinity(0))
+    if args.bind:  # before any thread is made: they inherit it
+        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ops, dtype = args.op or ["all_reduce"], DTYPES[args.dtype]
@@ -158,7 +164,7 @@ def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> i
         dist.destroy_process_group()
     if rank != 0:
         return 0
-    environment = _environment(args, world_size)
+    environment = _environment(args, world_size, len(cores))
     if args.raw:
         Path(args.raw).write_text(report.to_json(rows, environment))
         return 0
@@ -225,12 +231,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _environment(args: argparse.Namespace, world_size: int) -> dict[str, Any]:
+def _environment(args: argparse.Namespace, world_size: int, cores: int) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "version": __version__,
-        "machine": f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}",
+        "machine": f"{cores} cores of {_cpu_name()}",
         "ranks": world_size,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,6 +1,7 @@
 #include "signal/signal_cpu.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <thread>
 #include <vector>
@@ -52,6 +53,25 @@ TEST(Signal, ARankThatFinishesAfterOthersGaveUpRaisesAlthoughAllDoneFlagsAreTher
   EXPECT_THROW(ranks[0].finish(calls[0]), Error);
   EXPECT_THROW(ranks[1].finish(calls[1]), Error);
   EXPECT_THROW(ranks[2].finish(calls[2]), Error) << "it read what rank 0 may have overwritten";
+}
+
+TEST(Signal, RanksBoundToACoreEachKnowThatThereIsOneForEverybody) {
+  cpu_set_t all;
+  ASSERT_EQ(sched_getaffinity(0, sizeof all, &all), 0);
+  if (CPU_COUNT(&all) < 2) GTEST_SKIP() << "one core";
+  std::vector<std::unique_ptr<SignalCpu>> ranks;
+  for (int core = 0; ranks.size() < 2; core++) {
+    if (!CPU_ISSET(core, &all)) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(core, &one);
+    ASSERT_EQ(sched_setaffinity(0, sizeof one, &one), 0);
+    ranks.push_back(std::make_unique<SignalCpu>("g", static_cast<int>(ranks.size()), 2, Deadlines{5, 5}));
+  }
+  EXPECT_EQ(sched_setaffinity(0, sizeof all, &all), 0);
+  EXPECT_EQ(ranks[0]->cores(), 1);
+  ranks[0]->attach(1, Fd(dup(ranks[1]->fd())));
+  EXPECT_EQ(ranks[0]->cores(), 2);
 }
 
 TEST(Signal, TwoLateRanksCostOneDeadlineNotTwo) {
