@@ -27,29 +27,56 @@ def _allocator() -> Any:
     )
 
 
-class _Thread(threading.local):
-    """The contexts that are open in this thread, outermost first, and its pools, which live as long as their group.
+class _Pools:
+    """The pools of all groups, one a thread, because a pool cannot be in use by two; and the pools of captures.
 
-    Only the innermost context's pool is in use: of several, PyTorch would not take the last one.
+    They live as long as their group, and are let go of when no context is open anywhere: PyTorch ends the process when
+    a pool goes while another is in use, be it with its thread.
     """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.contexts = 0
+        self.eager: dict[tuple[int, str], tuple[Group, torch.cuda.MemPool]] = {}
+        self.captured: list[tuple[Group, torch.cuda.MemPool]] = []
+
+    def opened(self) -> None:
+        with self.lock:
+            if self.contexts == 0 and not torch.cuda.is_current_stream_capturing():
+                self.eager = {key: entry for key, entry in self.eager.items() if not entry[0].destroyed}
+                self.captured = [entry for entry in self.captured if not entry[0].destroyed]
+            self.contexts += 1
+
+    def closed(self) -> None:
+        with self.lock:
+            self.contexts -= 1
+
+    def of(self, group: Group) -> torch.cuda.MemPool:
+        capturing = torch.cuda.is_current_stream_capturing()
+        key = (threading.get_ident(), group.unique_name)
+        with self.lock:
+            if not capturing and key in self.eager:
+                return self.eager[key][1]
+            pool = torch.cuda.MemPool(_allocator().allocator())
+            if capturing:
+                self.captured.append((group, pool))
+            else:
+                self.eager[key] = (group, pool)
+            return pool
+
+
+class _Thread(threading.local):
+    """The contexts that are open in this thread, outermost first. Only the innermost one's pool is in use: of several,
+    PyTorch would not take the last."""
 
     def __init__(self) -> None:
         self.open: list[tuple[CudaArenaContext, torch.cuda.MemPool]] = []
         self.in_use: tuple[torch.cuda.MemPool, contextlib.AbstractContextManager[None]] | None = None
-        self.pools: dict[str, tuple[Group, torch.cuda.MemPool]] = {}
-        self.captured: list[tuple[Group, torch.cuda.MemPool]] = []
 
     def pool_of(self, group: Group) -> torch.cuda.MemPool:
-        self.pools = {name: entry for name, entry in self.pools.items() if not entry[0].destroyed}
-        self.captured = [entry for entry in self.captured if not entry[0].destroyed]
         if self.open and self.open[-1][0].group is group:
             return self.open[-1][1]
-        if torch.cuda.is_current_stream_capturing():
-            self.captured.append((group, torch.cuda.MemPool(_allocator().allocator())))
-            return self.captured[-1][1]
-        if group.unique_name not in self.pools:
-            self.pools[group.unique_name] = (group, torch.cuda.MemPool(_allocator().allocator()))
-        return self.pools[group.unique_name][1]
+        return _pools.of(group)
 
     def use_innermost(self) -> None:
         context, pool = self.open[-1] if self.open else (None, None)
@@ -64,6 +91,7 @@ class _Thread(threading.local):
             self.in_use = (pool, use)
 
 
+_pools = _Pools()
 _thread = _Thread()
 
 
@@ -76,11 +104,13 @@ class CudaArenaContext:
     def __enter__(self) -> None:
         torch.ops.sglang_symm._enter_symmetric_memory(self.group.unique_name)
         before = len(_thread.open)
+        _pools.opened()
         try:
             _thread.open.append((self, _thread.pool_of(self.group)))
             _thread.use_innermost()
         except BaseException:
             del _thread.open[before:]
+            _pools.closed()
             torch.ops.sglang_symm._exit_symmetric_memory(self.group.unique_name)
             raise
 
@@ -91,6 +121,7 @@ class CudaArenaContext:
             if _thread.open[i][0] is self:
                 del _thread.open[i]
                 _thread.use_innermost()
+                _pools.closed()
                 break
         # It says when this is not the innermost one, or not this thread's.
         torch.ops.sglang_symm._exit_symmetric_memory(self.group.unique_name)

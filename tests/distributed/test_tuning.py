@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_cases import gather_objects, inputs, ordered_sum, raised, same_bits
+from distributed_cases import DEVICE, gather_objects, inputs, ordered_sum, raised, same_bits
 
 from sglang_symm import tuning
 from sglang_symm.distributed import Group
@@ -17,10 +17,14 @@ from sglang_symm.distributed import Group
 SEVERAL = pytest.mark.world_size(2, 3, 4)
 
 
+def device_name() -> str:
+    return "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name()
+
+
 def table(path: Path, size: int, end: int) -> Path:
-    """One-shot up to ``end`` bytes, then two_shot, for every op of a group of CPU ranks."""
+    """One-shot up to ``end`` bytes, then two_shot, for every op of a group."""
     choice = {op: [[end, "one_shot"], [None, "two_shot"]] for op in tuning.OPS}
-    path.write_text(json.dumps({"format": 1, "device": "cpu", "world_size": size, "choice": choice}))
+    path.write_text(json.dumps({"format": 1, "device": device_name(), "world_size": size, "choice": choice}))
     return path
 
 
@@ -50,7 +54,7 @@ def test_a_group_chooses_by_its_table(make: Callable[..., Group], tmp_path: Path
 def test_the_variable_names_a_table_and_an_argument_goes_before_it(
     make: Callable[..., Group], tmp_path: Path, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = same_path(tmp_path) / tuning.file_name("cpu", size)
+    path = same_path(tmp_path) / tuning.file_name(device_name(), size)
     if rank == 0:
         table(path, size, 400)
     gather_objects(None)

@@ -81,7 +81,7 @@ def sanitizer(tool: str, report: Path) -> list[str]:
     """The command before a rank's own; its option for names of kernels has had several names."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     command = [program, "--tool", tool, "--log-file", str(report), "--error-exitcode", "9"]
-    for option in ("--kernel-regex", "--kernel-name"):
+    for option in ("--kernel-name", "--kernel-regex"):
         told = subprocess.run([program, option, "kns=sglang_symm", "true"], capture_output=True, text=True)
         if not re.search(r"unrecogni|unknown|invalid|usage", told.stdout + told.stderr, re.I):
             return [*command, option, "kns=sglang_symm"]

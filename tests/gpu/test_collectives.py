@@ -34,6 +34,19 @@ def test_all_reduce_gives_the_bits_of_the_ordered_sum(group, rank, size, dtype, 
     assert same_bits(x.cpu(), ordered_sum(xs))
 
 
+@pytest.mark.parametrize("count", [8, 1000, 70_000])
+def test_calls_in_a_row_are_each_their_own(group, rank, size, count):
+    """No host looks in between, so a rank may be a call ahead of another; no two calls in a row have the same data."""
+    xs = [inputs(size, [count], torch.bfloat16, seed=seed) for seed in range(5)]
+    mine, expected = [x[rank].cuda() for x in xs], [ordered_sum(x) for x in xs]
+    for _ in range(4):
+        torch.cuda.synchronize()
+        outs = [group.all_reduce(mine[i % 5]) for i in range(40)]
+        assert all(same_bits(out.cpu(), expected[i % 5]) for i, out in enumerate(outs))
+    gathered = [group.all_gather(mine[i % 5]) for i in range(40)]
+    assert all(same_bits(out.cpu(), torch.cat(xs[i % 5])) for i, out in enumerate(gathered))
+
+
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)
 def test_any_alignment_and_strides(group, rank, size, dtype):
     for start in (1, 2, 3, 5):
