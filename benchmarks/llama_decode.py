@@ -1,7 +1,7 @@
 # Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
-"""A decode step and a prefill of a Llama-3-8B-shaped model with random weights, tensor-parallel, in CUDA graphs.
+"""A decode step and a prefill of a Llama-3-shaped model with random weights, tensor-parallel, in CUDA graphs.
 
-    torchrun --nproc-per-node 2 benchmarks/llama_decode.py [--layers 32] [--json FILE]
+    torchrun --nproc-per-node 2 benchmarks/llama_decode.py [--shape 8b] [--layers 32] [--json FILE]
 
 Variants, replayed in turn in one run, on the same weights and cache:
 
@@ -46,6 +46,10 @@ LLAMA_3_8B = {
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 8192,
+}
+SHAPES = {
+    "8b": LLAMA_3_8B,
+    "70b": LLAMA_3_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
 }
 
 
@@ -98,8 +102,8 @@ def use(model: LlamaForCausalLM, variant: str) -> None:
         module.group = other(group) if other else group
 
 
-def random_model(layers: int, state: Any) -> LlamaForCausalLM:
-    config = LlamaConfig.from_dict({**LLAMA_3_8B, "num_hidden_layers": layers})
+def random_model(shape: str, layers: int, state: Any) -> LlamaForCausalLM:
+    config = LlamaConfig.from_dict({**SHAPES[shape], "num_hidden_layers": layers})
     model = LlamaForCausalLM(config, "tp", state, dtype=torch.bfloat16, device=state.device).eval()
     generator = torch.Generator(state.device)
     for i, (name, weight) in enumerate(model.named_parameters()):
@@ -177,6 +181,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=1024, help="places of a sequence in the cache; all are read")
@@ -187,7 +192,7 @@ def main() -> None:
     args = parser.parse_args()
     state = initialize_model_parallel(int(os.environ["WORLD_SIZE"]), enable_symm_mem=True, device="cuda")
     rank = state.tp_rank
-    model = random_model(args.layers, state)
+    model = random_model(args.shape, args.layers, state)
     cases = [("decode", batch) for batch in args.batches] + [("prefill", n) for n in [args.prefill] if n]
     results: list[dict[str, Any]] = []
     for case, n in cases:
@@ -212,7 +217,7 @@ def main() -> None:
     if rank == 0 and args.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         report = {
-            "what": "a step of a Llama-3-8B-shaped model with random weights, bf16, in CUDA graphs, milliseconds",
+            "what": f"a step of a Llama-3-{args.shape} with random weights, bf16, in CUDA graphs, milliseconds",
             "date": time.strftime("%Y-%m-%d"),
             "commit": os.environ.get("SGLANG_SYMM_COMMIT", "") or commit,
             "device": torch.cuda.get_device_name(),

@@ -15,7 +15,8 @@ from ._version import __version__
 COMMANDS = {
     "env": ("env_report", "what this machine has, and whether the native library fits it"),
     "generate": ("generate", "answer prompts with a Llama over several ranks"),
-    "bench": ("bench", "time collectives beside those of Gloo, DeepSpeed and MPI"),
+    "bench": ("bench", "time collectives beside those of Gloo, DeepSpeed and MPI, on GPUs NCCL and torch"),
+    "tune": ("tune", "measure the algorithms, and write the table that groups choose by"),
 }
 
 

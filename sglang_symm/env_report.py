@@ -171,9 +171,8 @@ def tuning_report() -> dict[str, Any]:
     devices = ["cpu", *dict.fromkeys(gpu["name"] for gpu in cuda_report()["gpus"])]
     tables = os.environ.get("SGLANG_SYMM_TABLES", "")
     return {
-        f"{device}, {ranks} ranks": tuning.find(device, ranks, tables).label
+        device: {f"{ranks} ranks": tuning.find(device, ranks, tables).label for ranks in (2, 3, 4, 8)}
         for device in devices
-        for ranks in (2, 3, 4, 8)
     }
 
 

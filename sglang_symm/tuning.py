@@ -29,8 +29,6 @@ OPS = ("all_reduce", "row_parallel_linear", "reduce_scatter", "all_gather", "bro
 ALGORITHMS = ("one_shot", "two_shot", "two_shot_direct", "process_group")
 KEPT = Path(__file__).with_name("tables")  # with the package
 BUILT_IN_NAME = "built-in"
-# A change of algorithm must earn this much (as a logarithm, summed over the sizes): less is noise.
-CHANGE_COSTS = 0.05
 
 Ladder = tuple[tuple[int | None, str], ...]
 Columns = Mapping[str, Sequence[Any]]  # "bytes" and one of microseconds for each algorithm
@@ -181,11 +179,19 @@ def parse(document: Any) -> Table:
 # --- from times to a choice -----------------------------------------------------------------------------------------
 
 
-def derive_ladder(columns: Sequence[Columns], allowed: Sequence[str] = ALGORITHMS[:3]) -> Ladder:
+def noise_of(device: str) -> float:
+    """By which part a time differs when it is measured again."""
+    return 0.1 if device == "cpu" else 0.02
+
+
+def derive_ladder(columns: Sequence[Columns], noise: float, allowed: Sequence[str] = ALGORITHMS[:3]) -> Ladder:
     """The ladder for sizes and times of the same calls under several circumstances (place, dtype).
 
-    What an algorithm costs at a size is log(its time / the best time) in its worst circumstance. The ladder has the
-    least sum over the sizes, and a change of algorithm costs CHANGE_COSTS. It changes half-way between two sizes.
+    What an algorithm costs at a size is log(its time / the best time) in its worst circumstance. An algorithm that
+    waits twice (all but one_shot) must earn the noise at each size: a second wait is a second chance to be held up. A
+    change of algorithm must earn twice the noise. The ladder has the least sum over the sizes, and changes half-way
+    between two sizes.
+
     Raises ValueError when an algorithm was not measured everywhere or none was.
     """
     sizes = list(columns[0]["bytes"]) if columns else []
@@ -198,14 +204,15 @@ def derive_ladder(columns: Sequence[Columns], allowed: Sequence[str] = ALGORITHM
         raise ValueError(f"expected times of {', '.join(allowed)} at ascending sizes, got {names} at {sizes}")
 
     def cost(name: str, i: int) -> float:
-        return max(math.log(each[name][i] / min(each[n][i] for n in names)) for each in columns)
+        worst = max(math.log(each[name][i] / min(each[n][i] for n in names)) for each in columns)
+        return worst + (0.0 if name == "one_shot" else noise)
 
     # best[name]: the least cost of all sizes so far that ends with `name`, and the way there.
     best = {name: (cost(name, 0), [name]) for name in names}
     for i in range(1, len(sizes)):
         following = {}
         for name in names:
-            ways = [(c + (CHANGE_COSTS if way[-1] != name else 0.0), way) for c, way in best.values()]
+            ways = [(c + (2 * noise if way[-1] != name else 0.0), way) for c, way in best.values()]
             least, way = min(ways, key=lambda pair: pair[0])
             following[name] = (least + cost(name, i), [*way, name])
         best = following
@@ -219,12 +226,12 @@ def derive_ladder(columns: Sequence[Columns], allowed: Sequence[str] = ALGORITHM
     return tuple(ladder)
 
 
-def derive_choice(times: Mapping[str, Any], allowed: Sequence[str] = ALGORITHMS[:3]) -> dict[str, Ladder]:
+def derive_choice(times: Mapping[str, Any], noise: float, allowed: Sequence[str] = ALGORITHMS[:3]) -> dict[str, Ladder]:
     """The choice of a table from its ``times``. Partial results of row_parallel_linear lie in symmetric memory."""
 
     def columns(op: str, places: Sequence[str]) -> list[Columns]:
         return [each for place in places for each in times[op].get(place, {}).values()]
 
-    choice = {op: derive_ladder(columns(op, ("inside", "outside")), allowed) for op in times}
-    choice["row_parallel_linear"] = derive_ladder(columns("all_reduce", ("inside",)), allowed)
+    choice = {op: derive_ladder(columns(op, ("inside", "outside")), noise, allowed) for op in times}
+    choice["row_parallel_linear"] = derive_ladder(columns("all_reduce", ("inside",)), noise, allowed)
     return {op: choice.get(op, ((None, "one_shot"),)) for op in OPS}

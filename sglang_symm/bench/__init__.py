@@ -11,24 +11,28 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sglang_symm._version import __version__
-from sglang_symm.bench import mpi, report
-from sglang_symm.bench.cases import DTYPES, OPS, Case, format_bytes, parse_bytes, sizes
-from sglang_symm.bench.peers import DeepSpeed, Empty, Gloo, Peer, Prepared, Symm
+from sglang_symm.bench import mpi, peers_cuda, report
+from sglang_symm.bench.cases import DTYPES, LINK_GB_S, OPS, Case, format_bytes, parse_bytes, sizes
+from sglang_symm.bench.clocks import Clock, EagerClock, GpuStart, GraphClock, HostClock
+from sglang_symm.bench.peers import DeepSpeed, Empty, Gloo, Peer, Symm
+from sglang_symm.bench.ranks import World, measure
 from sglang_symm.bench.report import Row
 from sglang_symm.distributed.group import ALGORITHMS, Group
 from sglang_symm.distributed.launch import run_ranks, under_launcher
 
+CPU_PEERS = ("gloo", "deepspeed", "openmpi", "mpich")
+MODES = ("graph", "eager")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `bench`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("-b", "--begin", default="2K", metavar="BYTES", help="smallest size (default 2K)")
     parser.add_argument("-e", "--end", default="32M", metavar="BYTES", help="largest size (default 32M)")
     parser.add_argument("-f", "--factor", type=int, default=4, help="from one size to the next (default 4)")
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--nproc", type=int, default=2, help="ranks; started here unless torchrun did (default 2)"
     )
     parser.add_argument("--op", choices=OPS, action="append", help="again for more (default all_reduce)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default float32 on cpu, bfloat16 on cuda")
     parser.add_argument("--algo", choices=ALGORITHMS, action="append", help="again for more (default auto)")
     parser.add_argument(
         "--place", choices=("in", "out", "both"), default="both", help="in place, out of place (default both)"
@@ -45,13 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         default="all",
         metavar="LIST",
-        help="of gloo,deepspeed,openmpi,mpich; 'all' that are installed (default), or 'none'",
+        help=f"on cpu of {','.join(CPU_PEERS)}, on cuda of {','.join(peers_cuda.NAMES)}; 'all' that are installed "
+        "(default), or 'none'",
     )
     parser.add_argument(
-        "--bind", action="store_true", help="rank r to the (r modulo cores)-th core, as mpirun binds its processes"
+        "--bind",
+        action="store_true",
+        help="on cpu: rank r to the (r modulo cores)-th core, as mpirun binds its processes",
     )
     parser.add_argument("--rounds", type=int, default=11, help="rounds, in which the peers take turns (default 11)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of calls in a round (default 0.05)")
+    parser.add_argument("--seconds", type=float, default=0.05, help="of calls in a round, on cpu (default 0.05)")
+    parser.add_argument("--calls", type=int, default=20, help="in a graph, and in a round of eager code (default 20)")
+    parser.add_argument(
+        "--mode", default=",".join(MODES), metavar="LIST", help="on cuda: of graph,eager (default both)"
+    )
+    parser.add_argument(
+        "--link-bandwidth", type=float, metavar="GB/s", help="a direction, for the physical limit (default: the GPU's)"
+    )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or instead of the table")
     parser.add_argument("--csv", metavar="FILE", help="as CSV too")
     parser.add_argument("--plot", metavar="FILE.png", help="as a plot too (needs matplotlib)")
@@ -62,24 +76,39 @@ def main(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if a result was wrong; 2 for wrong arguments; a failed rank's own code otherwise."""
     try:
         wanted = sizes(parse_bytes(args.begin), parse_bytes(args.end), args.factor)
-        if args.rounds < 1 or not args.seconds > 0 or args.nproc < 2:
+        if args.rounds < 1 or not args.seconds > 0 or args.nproc < 2 or args.calls < 1:
             raise ValueError(
-                f"expected --nproc >= 2, --rounds >= 1, --seconds > 0, got {args.nproc}, {args.rounds}, {args.seconds}"
+                "expected --nproc >= 2, --rounds >= 1, --calls >= 1, --seconds > 0, "
+                f"got {args.nproc}, {args.rounds}, {args.calls}, {args.seconds}"
             )
-        peers = _peer_names(args.peers)
+        names = CPU_PEERS if args.device == "cpu" else peers_cuda.NAMES
+        peers = set(names) if args.peers == "all" else _among("--peers", args.peers, names)
+        modes = _among("--mode", args.mode, MODES)
+        if args.device == "cuda":
+            check_gpus(args.nproc)
     except ValueError as error:
         print(f"sglang_symm bench: {error}", file=sys.stderr)
         return 2
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.modes = [mode for mode in MODES if mode in modes] if args.device == "cuda" else ["eager"]
     if under_launcher():
         return _run_rank(args, wanted, peers)
     return _launch(args, wanted, peers)
 
 
-def _peer_names(text: str) -> set[str]:
-    known = {"gloo", "deepspeed", "openmpi", "mpich"}
-    names = known if text == "all" else set() if text == "none" else set(text.split(","))
-    if not names <= known:
-        raise ValueError(f"--peers {text}: expected 'all', 'none' or names of {', '.join(sorted(known))}")
+def check_gpus(nproc: int) -> None:
+    """Raise ValueError when ranks that are started here would not have a GPU each."""
+    if not under_launcher() and torch.cuda.device_count() < nproc:
+        raise ValueError(
+            f"{nproc} ranks need {nproc} GPUs, torch sees {torch.cuda.device_count()}. Ranks that share one: "
+            f"python tools/mps_rig.py --ranks {nproc} -- -m sglang_symm ..."
+        )
+
+
+def _among(option: str, text: str, known: tuple[str, ...]) -> set[str]:
+    names = set() if text == "none" else set(text.split(","))
+    if not names <= set(known):
+        raise ValueError(f"{option} {text}: expected 'all', 'none' or names of {', '.join(known)}")
     return names
 
 
@@ -104,7 +133,7 @@ def _launch(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> int
 
 def _mpi_rows(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> list[Row]:
     rows: list[Row] = []
-    for implementation in mpi.installed():
+    for implementation in mpi.installed() if args.device == "cpu" else []:
         if implementation.name not in peers:
             continue
         for op in args.op or ["all_reduce"]:
@@ -130,97 +159,103 @@ def _say(text: str) -> None:
 
 
 def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> int:
-    cores = sorted(os.sched_getaffinity(0))
-    if args.bind:  # before any thread is made: they inherit it
-        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
-    dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    ops, dtype = args.op or ["all_reduce"], DTYPES[args.dtype]
-    arena = max(64 << 20, 6 * wanted[-1] + (16 << 20))
-    groups = {algo: Group(name=f"bench-{algo}", algo=algo, arena_bytes=arena) for algo in args.algo or ["auto"]}
-    runners: list[Peer] = [Symm(group, algo, True) for algo, group in groups.items()]
-    runners += [Symm(group, algo, False) for algo, group in groups.items()]
-    empty = Empty(rank)
-    runners.append(empty)
-    if "gloo" in peers:
-        runners.append(Gloo())
-    if "deepspeed" in peers:
-        try:
-            runners.append(DeepSpeed(rank, world_size))
-        except Exception as error:  # it compiles on first use: whatever goes wrong there is not ours to fail for
-            if rank == 0:
-                _say(f"deepspeed left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    world = World(args.device, bind=args.bind)
+    dtype = DTYPES[args.dtype]
+    groups = {
+        algo: Group(name=f"bench-{algo}", device=world.device, algo=algo, arena_bytes=arena_bytes(world, wanted[-1]))
+        for algo in args.algo or ["auto"]
+    }
+    runners: list[Peer] = [Symm(group, algo, inside) for inside in (True, False) for algo, group in groups.items()]
+    others = (_cpu_peers if args.device == "cpu" else _cuda_peers)(world, peers, wanted[-1])
+    clocks = make_clocks(args, world, next(iter(groups.values())))
     places = {"in": [True], "out": [False], "both": [True, False]}[args.place]
+    bandwidth = args.link_bandwidth or _link_bandwidth(world)
     rows: list[Row] = []
     try:
-        steps = [(op, n) for op in ops for n in wanted]
+        steps = [(op, n) for op in args.op or ["all_reduce"] for n in wanted]
         for number, (op, n) in enumerate(steps, 1):
-            if rank == 0:
+            if world.rank == 0:
                 _say(f"{number}/{len(steps)} {op} {format_bytes(n)}")
-            rows += _measure(args, Case(op, n, dtype, world_size), runners, places, rank)
+            case = Case(op, n, dtype, world.size)
+            measured = measure(world, case, [*runners, *others], places, clocks, args.rounds)
+            for row in measured:
+                row.limit_us = case.limit_us(bandwidth) if bandwidth else None
+            rows += measured
+        for group in groups.values():
+            group.check()
     finally:
-        for group in (*groups.values(), empty.group):
+        for group in (*groups.values(), *(peer.group for peer in others if isinstance(peer, Empty))):
             group.destroy()
-        dist.destroy_process_group()
-    if rank != 0:
+        world.close()
+    if world.rank != 0:
         return 0
-    environment = _environment(args, world_size, len(cores))
+    environment = _environment(args, world)
     if args.raw:
         Path(args.raw).write_text(report.to_json(rows, environment))
         return 0
     return _output(args, rows, environment)
 
 
-def _measure(args: argparse.Namespace, case: Case, runners: list[Peer], places: list[bool], rank: int) -> list[Row]:
-    """All implementations of one case: first right, then timed in turns."""
-    lanes: list[tuple[Row, Prepared]] = []
-    for in_place in places:
-        for peer in runners:
-            prepared = peer.prepare(case, rank, in_place)
-            if prepared is None:
-                continue
-            prepared.reset()
-            prepared.call()
-            wrong = torch.tensor([int((prepared.result() != case.expected(rank)).sum())])
-            dist.all_reduce(wrong)
-            dtype = str(case.dtype).removeprefix("torch.")
-            row = Row(case.op, dtype, case.bytes, peer.name, in_place, case.bus_factor, int(wrong), [])
-            # From here on zeros: sums in place neither grow to infinity nor fall into denormals.
-            prepared.value.zero_()
-            prepared.reset()
-            lanes.append((row, prepared))
-    calls = [_calls_a_round(args, prepared) for _, prepared in lanes]
-    times = torch.zeros(args.rounds, len(lanes), dtype=torch.float64)
-    for r in range(args.rounds):
-        for lane in [(i + r) % len(lanes) for i in range(len(lanes))]:  # each begins a round in its turn
-            call = lanes[lane][1].call
-            dist.barrier()
-            start = time.perf_counter()
-            for _ in range(calls[lane]):
-                call()
-            times[r, lane] = (time.perf_counter() - start) / calls[lane] * 1e6
-    dist.all_reduce(times, dist.ReduceOp.MAX)
-    for lane, (row, _) in enumerate(lanes):
-        row.us = times[:, lane].tolist()
-    return [row for row, _ in lanes]
+def arena_bytes(world: World, most: int) -> int:
+    """Enough for the fixed part, and for input and results of a case in every mode and place, graphs' among them."""
+    return max(64 << 20, 6 * most + (16 << 20)) if world.device.type == "cpu" else (256 << 20) + 12 * most
 
 
-def _calls_a_round(args: argparse.Namespace, prepared: Prepared) -> int:
-    for _ in range(3):
-        prepared.call()
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(3):
-        prepared.call()
-    one = torch.tensor([(time.perf_counter() - start) / 3], dtype=torch.float64)
-    dist.all_reduce(one, dist.ReduceOp.MAX)
-    return max(1, min(20_000, int(args.seconds / float(one))))
+def make_clocks(args: argparse.Namespace, world: World, group: Group) -> list[Clock]:
+    """Of the modes that are asked for; ``group`` brings the ranks together on GPUs."""
+    if world.device.type == "cpu":
+        return [HostClock(args.seconds)]
+    start = GpuStart(group)
+    kinds: dict[str, type[GraphClock] | type[EagerClock]] = {"graph": GraphClock, "eager": EagerClock}
+    return [kinds[mode](start, args.calls) for mode in args.modes]
 
 
-def _commit() -> str:
+def _cpu_peers(world: World, names: set[str], most: int) -> list[Peer]:
+    peers: list[Peer] = [Empty(world.rank)]
+    if "gloo" in names:
+        peers.append(Gloo())
+    if "deepspeed" in names:
+        try:
+            peers.append(DeepSpeed(world.rank, world.size))
+        except Exception as error:  # it compiles on first use: whatever goes wrong there is not ours to fail for
+            _left_out(world, "deepspeed", error)
+    return peers
+
+
+def _cuda_peers(world: World, names: set[str], most: int) -> list[Peer]:
+    peers: list[Peer] = []
+    for name in (n for n in peers_cuda.NAMES if n in names):
+        if world.shares_gpu and name.startswith("nccl"):
+            _left_out(world, name, RuntimeError("it refuses ranks that share a GPU"))
+            continue
+        try:
+            if name.startswith("nccl"):
+                peers.append(peers_cuda.Nccl(world.device, most, window=name == "nccl_window"))
+            else:
+                peers.append(peers_cuda.TorchSymm(world.device, most, one_shot=name == "torch_one_shot"))
+        except RuntimeError as error:  # an NCCL without windows, GPUs that torch's symmetric memory does not know
+            _left_out(world, name, error)
+    return peers
+
+
+def _left_out(world: World, name: str, error: Exception) -> None:
+    if world.rank == 0:
+        _say(f"{name} left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _link_bandwidth(world: World) -> float | None:
+    """GB/s; None for the CPU, for ranks that share a GPU, and for a GPU that nobody told us of."""
+    if world.device.type == "cpu" or world.shares_gpu:
+        return None
+    name = torch.cuda.get_device_name(world.device)
+    return next((gb_s for word, gb_s in LINK_GB_S.items() if word in name), None)
+
+
+def commit() -> str:
+    """Of the checkout that this is, SGLANG_SYMM_COMMIT where there is none."""
     folder = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or "not in a checkout"
+    return done.stdout.strip() or os.environ.get("SGLANG_SYMM_COMMIT") or "not in a checkout"
 
 
 def _cpu_name() -> str:
@@ -231,23 +266,41 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _environment(args: argparse.Namespace, world_size: int, cores: int) -> dict[str, Any]:
+def _environment(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    words = [w for w in args.words if w not in ("--raw", args.raw)]
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "version": __version__,
-        "machine": f"{cores} cores of {_cpu_name()}",
-        "ranks": world_size,
+        "device": args.device,
+        "machine": machine(world),
+        "ranks": world.size,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rounds": args.rounds,
-        "command": "python -m sglang_symm bench " + " ".join(w for w in args.words if w != "--raw" and w != args.raw),
+        **({} if world.device.type == "cpu" else _gpu_environment(args)),
+        "command": "python -m sglang_symm bench " + " ".join(words),
     }
 
 
+def _gpu_environment(args: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {"calls": args.calls, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    if "NCCL_NVLS_ENABLE" in os.environ:
+        found["NCCL_NVLS_ENABLE"] = os.environ["NCCL_NVLS_ENABLE"]
+    return found
+
+
+def machine(world: World) -> str:
+    """Processor and cores, or the GPUs."""
+    if world.device.type == "cpu":
+        return f"{world.cores} cores of {_cpu_name()}"
+    name = torch.cuda.get_device_name(world.device)
+    return f"one {name}, shared" if world.shares_gpu else f"{world.size} {name}"
+
+
 def _output(args: argparse.Namespace, rows: list[Row], environment: dict[str, Any]) -> int:
-    order = {n: i for i, n in enumerate(dict.fromkeys((r.op, r.bytes, r.in_place) for r in rows))}
-    rows.sort(key=lambda r: order[r.op, r.bytes, r.in_place])
+    order = {n: i for i, n in enumerate(dict.fromkeys((r.op, r.bytes, r.mode, r.in_place) for r in rows))}
+    rows.sort(key=lambda r: order[r.op, r.bytes, r.mode, r.in_place])
     if args.json == "-":
         print(report.to_json(rows, environment))
     else:

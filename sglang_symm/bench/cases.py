@@ -10,6 +10,9 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+# GB/s a direction of all NVLinks of a GPU together (18 links of 25 GB/s on Hopper), by a word of its name.
+LINK_GB_S = {"H100": 450.0, "H200": 450.0, "A100": 300.0, "B200": 900.0}
+FLAG_US = 0.6  # one flag over NVLink, measured
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -63,17 +66,23 @@ class Case:
         p = self.world_size
         return {"all_reduce": 2 * (p - 1) / p, "broadcast": 1.0}.get(self.op, (p - 1) / p)
 
-    def value(self, rank: int) -> torch.Tensor:
+    def limit_us(self, link_gb_s: float) -> float:
+        """What no implementation goes below: the bytes that a link must carry, and the flight of one flag."""
+        return FLAG_US + self.bytes * self.bus_factor / link_gb_s / 1e3
+
+    def value(self, rank: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Rank's input: small integers, so every sum is exact in every dtype."""
         n = self.elements // self.world_size if self.op == "all_gather" else self.elements
-        return ((torch.arange(n) * 7 + rank * 3) % 5 - 2).to(self.dtype)
+        return ((torch.arange(n, device=device) * 7 + rank * 3) % 5 - 2).to(self.dtype)
 
-    def expected(self, rank: int) -> torch.Tensor:
+    def expected(self, rank: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """What the op leaves on this rank."""
-        everybody = [self.value(r) for r in range(self.world_size)]
-        if self.op == "all_gather":
-            return torch.cat(everybody)
         if self.op == "broadcast":
-            return everybody[0]
-        total = torch.stack([x.float() for x in everybody]).sum(0).to(self.dtype)
+            return self.value(0, device)
+        if self.op == "all_gather":
+            return torch.cat([self.value(r, device) for r in range(self.world_size)])
+        total = self.value(0, device).float()
+        for r in range(1, self.world_size):
+            total += self.value(r, device).float()
+        total = total.to(self.dtype)
         return total if self.op == "all_reduce" else total.chunk(self.world_size)[rank]

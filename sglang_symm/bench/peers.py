@@ -54,7 +54,7 @@ class Symm(Peer):
         return torch.ops.sglang_symm.empty(list(like.shape), name, dtype=like.dtype, device=like.device)
 
     def prepare(self, case: Case, rank: int, in_place: bool) -> Prepared | None:
-        value, name, ops = case.value(rank), self.group.unique_name, torch.ops.sglang_symm
+        value, name, ops = case.value(rank, self.group.device), self.group.unique_name, torch.ops.sglang_symm
         x = self._empty(value)
         if case.op == "broadcast":
             return Prepared(lambda: ops.broadcast_(x, 0, name), x, lambda: x, value) if in_place else None

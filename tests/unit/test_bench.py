@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from sglang_symm import tuning
+from sglang_symm.__main__ import main as command
 from sglang_symm.bench import report
 from sglang_symm.bench.cases import Case, format_bytes, parse_bytes, sizes
 from sglang_symm.bench.report import Row
@@ -68,6 +71,99 @@ def test_a_peer_called_from_c_is_given_the_time_of_an_empty_op() -> None:
     assert line.split()[-2:] == [f"{2.0 / 0.5:.2f}", f"{2.0 / (0.5 + 1.5):.2f}"]
 
 
+GPU_ROWS = [
+    Row("all_reduce", "bfloat16", 2048, "symm", False, 1.0, 0, [2.0], "graph", None, 0.61),
+    Row("all_reduce", "bfloat16", 2048, "symm", False, 1.0, 0, [9.0], "eager", 4.5, 0.61),
+    Row("all_reduce", "bfloat16", 2048, "nccl", True, 1.0, 0, [5.0], "graph", None, 0.61),
+    Row("all_reduce", "bfloat16", 2048, "nccl", True, 1.0, 0, [10.0], "eager", 8.0, 0.61),
+    Row("all_reduce", "bfloat16", 2048, "torch_one_shot", False, 1.0, 0, [8.0], "graph", None, 0.61),
+]
+GPU_ENVIRONMENT = {"machine": "2 GPUs", "device": "cuda", "ranks": 2}
+
+
+def test_on_gpus_the_ratio_is_within_a_mode_to_the_best_peer_of_any_place() -> None:
+    lines = report.table(GPU_ROWS, GPU_ENVIRONMENT).splitlines()
+    graph, eager = (next(x for x in lines if " symm " in x and mode in x).split() for mode in ("graph", "eager"))
+    assert graph[-1] == f"{2.0 / 5.0:.2f}"
+    assert eager[-1] == f"{9.0 / 10.0:.2f}"
+
+
+def test_on_gpus_the_limit_and_the_time_of_the_host_stand_beside_each_row() -> None:
+    lines = report.table(GPU_ROWS, GPU_ENVIRONMENT).splitlines()
+    assert "cpu us" in lines[1]
+    assert "limit" in lines[1]
+    assert next(x for x in lines if " nccl " in x and "eager" in x).split()[-2:] == ["8.00", "0.61"]
+    assert next(x for x in lines if " nccl " in x and "graph" in x).split()[-2:] == ["-", "0.61"]
+    assert all("limit" not in line for line in report.table(ROWS, ENVIRONMENT).splitlines())
+
+
+def test_the_limit_is_what_the_link_carries_and_the_flight_of_a_flag() -> None:
+    one, big = (Case("all_reduce", n, torch.bfloat16, 4).limit_us(450.0) for n in (2, 450 << 20))
+    assert 0.6 < one < 0.601
+    assert big == pytest.approx(0.6 + 1.5 * (450 << 20) / 450e3)
+
+
+def test_rows_of_a_graph_come_back_with_their_mode(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(report.to_json(GPU_ROWS, GPU_ENVIRONMENT))
+    assert report.load(str(path)) == GPU_ROWS
+    content = json.loads(path.read_text())
+    for row in content["rows"]:  # a file from before there were modes
+        del row["mode"], row["cpu_us"], row["limit_us"]
+    path.write_text(json.dumps(content))
+    assert {(row.mode, row.limit_us) for row in report.load(str(path))} == {("eager", None)}
+
+
+def test_csv_names_as_many_columns_as_it_has(tmp_path: Path) -> None:
+    report.write_csv(GPU_ROWS, str(tmp_path / "rows.csv"))
+    lines = [line.split(",") for line in (tmp_path / "rows.csv").read_text().splitlines()]
+    assert {len(line) for line in lines} == {14}
+    assert lines[2][-3:] == ["eager", "4.500", "0.610"]
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["-n", "1"], "--nproc >= 2"),
+        (["--calls", "0"], "--calls >= 1"),
+        (["--device", "cuda", "--peers", "gloo"], "nccl, nccl_window, torch_one_shot, torch_two_shot"),
+        (["--peers", "nccl"], "gloo, deepspeed"),
+        (["--device", "cuda", "--mode", "graphs"], "graph, eager"),
+        (["--device", "cuda", "-n", "999"], "mps_rig"),
+        (["-b", "4K", "-e", "2K"], "-b"),
+    ],
+)
+def test_wrong_arguments_end_with_2_and_a_sentence(
+    words: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["bench", *words]) == 2
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["-n", "17"], ["-b", "32"], ["-e", "1T"], ["--device", "cuda", "-n", "16", "-b", "8K"]]
+)
+def test_wrong_arguments_of_tune_end_with_2_and_a_sentence(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["tune", *words]) == 2
+    assert "sglang_symm tune: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tune_writes_a_table_that_a_group_reads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", "-n", "2", "-b", "1K", "-e", "4K", "--rounds", "1", "--dtype", "float32", "--json"]
+    assert command([*words, "--process-group", "-o", str(tmp_path)]) == 0
+    printed = json.loads(capfd.readouterr().out)
+    path = tmp_path / tuning.file_name("cpu", 2)
+    assert json.loads(path.read_text()) == printed
+    assert tuning.find("cpu", 2, str(tmp_path)).source == path.name
+    all_reduce = printed["times"]["all_reduce"]["outside"]["float32"]
+    assert all_reduce["bytes"] == [1024, 2048, 4096]
+    assert all(len(all_reduce[name]) == 3 for name in tuning.ALGORITHMS)
+    assert printed["times"]["all_gather"]["inside"]["float32"]["bytes"] == [1024, 2048]
+
+
 def test_json_comes_back_as_the_same_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(report.to_json(ROWS, ENVIRONMENT))
@@ -80,7 +176,8 @@ def test_csv_has_a_line_a_row(tmp_path: Path) -> None:
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(ROWS)
 
 
-def test_a_plot_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "environment"), [(ROWS, ENVIRONMENT), (GPU_ROWS, GPU_ENVIRONMENT)])
+def test_a_plot_is_written(tmp_path: Path, rows: list[Row], environment: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is an extra: pip install sglang_symm[bench]")
-    report.plot(ROWS, str(tmp_path / "plot.png"), ENVIRONMENT)
+    report.plot(rows, str(tmp_path / "plot.png"), environment)
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
