@@ -94,7 +94,8 @@ Tuning Tuning::built_in(bool cuda, int world_size) {
   constexpr size_t K = 1024, M = 1024 * K;
   Tuning tuning;
   if (!cuda) {
-    tuning.all_reduce = {{world_size > 2 ? 8 * K : 16 * K, one_shot}, {kNoEnd, two_shot_direct}};
+    const size_t all_reduce_once = world_size <= 2 ? 2 * K : world_size == 3 ? 8 * K : 4 * K;
+    tuning.all_reduce = {{all_reduce_once, one_shot}, {kNoEnd, two_shot_direct}};
     tuning.reduce_scatter = {{64 * K, one_shot}, {kNoEnd, two_shot_direct}};
   } else if (world_size <= 2) {
     tuning.all_reduce = {{2 * M, one_shot}, {16 * M, two_shot}, {kNoEnd, one_shot}};
