@@ -35,6 +35,7 @@ from sglang_symm.decode_graphs import DecodeGraphs
 from sglang_symm.distributed import ForwardBatch, destroy_model_parallel, initialize_model_parallel
 from sglang_symm.layers.attention import TokenBatch
 from sglang_symm.layers.linear import RowParallelLinear
+from sglang_symm.layers.norm import RMSNorm
 from sglang_symm.models import LlamaConfig, LlamaForCausalLM
 
 LLAMA_3_8B = {
@@ -77,14 +78,21 @@ class NoGroup(NcclGroup):
         return x
 
 
-class NcclLinear(RowParallelLinear):
+class Separate(RowParallelLinear):
+    """Norms in kernels of PyTorch's, as its users have them."""
+
+    def forward_add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        return norm(self(x)[0], residual)
+
+
+class NcclLinear(Separate):
     def forward(self, x: Tensor, skip_all_reduce: bool = False) -> tuple[Tensor, None]:
         y = F.linear(x, self.weight)
         dist.all_reduce(y)
         return y, None
 
 
-class LinearAlone(RowParallelLinear):
+class LinearAlone(Separate):
     def forward(self, x: Tensor, skip_all_reduce: bool = False) -> tuple[Tensor, None]:
         return F.linear(x, self.weight), None
 

@@ -49,7 +49,7 @@ struct Counters {
   std::array<std::atomic<uint64_t>, kAlgorithms> by_algorithm{};
   std::atomic<uint64_t> outputs_inside{0};
   std::atomic<uint64_t> outputs_outside{0};
-  std::atomic<uint64_t> fused{0};  // of `calls`: GEMM and reduction in one kernel
+  std::atomic<uint64_t> fused{0};  // of `calls`: the reduction in one kernel with a GEMM or a norm
   std::atomic<bool> warned_full{false};
   std::atomic<bool> warned_slots{false};
 };

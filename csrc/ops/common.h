@@ -46,6 +46,30 @@ inline bool fused_linear_into(Group&, Descriptor, const at::Tensor&, const at::T
 }
 #endif
 
+// y = weight * round(h / sqrt(mean(h^2) + eps)), h = round(sum + residual). Contiguous; residual as the sum, weight
+// [H].
+struct AddRmsNorm {
+  at::Tensor residual, weight;
+  double eps;
+};
+
+// y and hidden (h) of the sum over ranks of x, by one kernel; with the descriptor's op. False, with nothing done, when
+// there is none for this call; all ranks are told the same. norm_into: of a sum that is there already, by one kernel.
+#ifdef SGLANG_SYMM_WITH_CUDA
+bool all_reduce_norm_into(Group& group, Descriptor descriptor, const at::Tensor& x, const AddRmsNorm& norm,
+                          const at::Tensor& y, const at::Tensor& hidden);
+bool norm_into(Group& group, const at::Tensor& sum, const AddRmsNorm& norm, const at::Tensor& y,
+               const at::Tensor& hidden);
+#else
+inline bool all_reduce_norm_into(Group&, Descriptor, const at::Tensor&, const AddRmsNorm&, const at::Tensor&,
+                                 const at::Tensor&) {
+  return false;
+}
+inline bool norm_into(Group&, const at::Tensor&, const AddRmsNorm&, const at::Tensor&, const at::Tensor&) {
+  return false;
+}
+#endif
+
 DType to_dtype(at::ScalarType type);
 ReduceOp to_reduce_op(const std::string& op);
 

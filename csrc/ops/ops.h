@@ -30,11 +30,9 @@ at::Tensor row_parallel_linear_reference(const at::Tensor& x, const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> all_reduce_add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
                                                            const at::Tensor& weight, double eps,
                                                            const std::string& group);
-std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(const at::Tensor& x, const at::Tensor& weight,
-                                                                    const std::optional<at::Tensor>& bias,
-                                                                    const at::Tensor& residual,
-                                                                    const at::Tensor& norm_weight, double eps,
-                                                                    const std::string& group, bool static_weight);
+std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& residual,
+    const at::Tensor& norm_weight, double eps, const std::string& group, bool static_weight, bool symmetric);
 
 // memory_ops.cpp
 at::Tensor empty(at::SymIntArrayRef size, const std::string& group, at::ScalarType dtype, at::Device device);

@@ -66,13 +66,16 @@ void linear_into(Group& group, OpCode op, const at::Tensor& x, const at::Tensor&
   reduce_into(group, descriptor, out, out, defined_bias(bias));
 }
 
-// y = weight * round(h / sqrt(mean(h^2) + eps)), fp32 inside, as Hugging Face's LlamaRMSNorm.
-std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& sum, const at::Tensor& residual,
-                                                const at::Tensor& weight, double eps) {
-  const at::Tensor hidden = sum + residual;
+// (y, h) of a sum: by one kernel where there is one, else as Hugging Face's LlamaRMSNorm computes it, fp32 inside.
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(Group& group, const at::Tensor& sum, const AddRmsNorm& norm) {
+  if (group.config().device != "cpu") {
+    const at::Tensor y = at::empty_like(sum), hidden = at::empty_like(sum);
+    if (norm_into(group, sum, norm, y, hidden)) return {y, hidden};
+  }
+  const at::Tensor hidden = sum + norm.residual;
   const at::Tensor wide = hidden.to(at::kFloat);
-  const at::Tensor scale = at::rsqrt(wide.pow(2).mean(-1, /*keepdim=*/true) + eps);
-  return {weight * (wide * scale).to(hidden.scalar_type()), hidden};
+  const at::Tensor scale = at::rsqrt(wide.pow(2).mean(-1, /*keepdim=*/true) + norm.eps);
+  return {norm.weight * (wide * scale).to(hidden.scalar_type()), hidden};
 }
 
 void check_norm(const at::Tensor& residual, const at::Tensor& norm_weight, at::IntArrayRef expected,
@@ -151,26 +154,30 @@ std::tuple<at::Tensor, at::Tensor> all_reduce_add_rms_norm(const at::Tensor& x, 
     descriptor.flags = Descriptor::kResidual;
     descriptor.count = static_cast<uint64_t>(x.numel());
     descriptor.aux = static_cast<uint32_t>(x.size(-1));
+    const at::Tensor dense = x.contiguous();
+    const AddRmsNorm norm{residual.contiguous(), weight.contiguous(), eps};
+    if (group->config().device != "cpu") {
+      at::Tensor y = at::empty(x.sizes(), x.options()), hidden = at::empty(x.sizes(), x.options());
+      if (all_reduce_norm_into(*group, descriptor, dense, norm, y, hidden)) return std::make_tuple(y, hidden);
+    }
     const at::Tensor sum = empty_output(*group, x.sizes(), x.options());
-    reduce_into(*group, descriptor, x.contiguous(), sum);
-    return add_rms_norm(sum, residual, weight, eps);
+    reduce_into(*group, descriptor, dense, sum);
+    return add_rms_norm(*group, sum, norm);
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(const at::Tensor& x, const at::Tensor& weight,
-                                                                    const std::optional<at::Tensor>& bias,
-                                                                    const at::Tensor& residual,
-                                                                    const at::Tensor& norm_weight, double eps,
-                                                                    const std::string& name, bool static_weight) {
+std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& residual,
+    const at::Tensor& norm_weight, double eps, const std::string& name, bool static_weight, bool symmetric) {
   return guarded([&] {
     at::AutoDispatchBelowAutograd below;
     const char* op = "row_parallel_linear_add_rms_norm";
     const Shapes shapes = checked_shapes(x, weight, bias, op);
     check_norm(residual, norm_weight, shapes.output, x.scalar_type(), x.device(), op);
     auto group = group_for(x, name, op);
-    const at::Tensor sum = empty_output(*group, shapes.output, x.options());
+    const at::Tensor sum = empty_output(*group, shapes.output, x.options(), symmetric);
     linear_into(*group, OpCode::row_parallel_linear_add_rms_norm, x, weight, bias, shapes, sum, static_weight);
-    return add_rms_norm(sum, residual, norm_weight, eps);
+    return add_rms_norm(*group, sum, {residual.contiguous(), norm_weight.contiguous(), eps});
   });
 }
 

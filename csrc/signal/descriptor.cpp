@@ -34,7 +34,8 @@ std::string to_string(const Descriptor& d) {
     case OpCode::rendezvous:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements)");
     case OpCode::all_reduce_add_rms_norm:
-      return cat(op, "(", name(d.dtype), ", ", d.count, " elements in rows of ", d.aux, ")");
+      return cat(op, "(", name(d.dtype), ", ", d.count, " elements in rows of ", d.aux,
+                 (d.flags & Descriptor::kFused) != 0 ? ", fused" : "", ")");
     case OpCode::broadcast:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements, src ", d.aux, ")");
     case OpCode::all_gather:

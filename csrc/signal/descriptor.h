@@ -39,7 +39,7 @@ struct Descriptor {
 
   static constexpr uint8_t kHasBias = 8;
   static constexpr uint8_t kResidual = 16;
-  static constexpr uint8_t kFused = 32;  // the GEMM and its reduction are one kernel
+  static constexpr uint8_t kFused = 32;  // the reduction is one kernel with its GEMM, or with the norm behind it
   ReduceOp reduce_op() const { return static_cast<ReduceOp>(flags & 7); }
   friend bool operator==(const Descriptor&, const Descriptor&) = default;
 };

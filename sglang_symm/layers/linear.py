@@ -15,6 +15,7 @@ from sglang_symm.layers.sharding import Shard, divide, replicated, resolve_group
 
 if TYPE_CHECKING:
     from sglang_symm.distributed.parallel_state import ParallelState
+    from sglang_symm.layers.norm import RMSNorm
 
 
 class ColumnParallelLinear(nn.Module):
@@ -197,6 +198,24 @@ class RowParallelLinear(nn.Module):
                 x, self.weight, bias, self.group.unique_name, symmetric=self.output_is_symmetric()
             )
         return y, self.bias if self.skip_bias_add else None
+
+    def forward_add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """`norm(y, residual)` of `y = self(x)`, y and residual [..., N] -> (normed, y + residual), both [..., N].
+
+        On GPUs, where no gradient is asked for, one op: residual and norm in the kernel behind the GEMM's. Else two."""
+        fused = x.is_cuda and self.tp_size > 1 and self.reduce_results and self.input_is_parallel
+        if not fused or self.skip_bias_add or torch.is_grad_enabled():
+            return norm(self(x)[0], residual)
+        return torch.ops.sglang_symm.row_parallel_linear_add_rms_norm(
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            norm.weight,
+            norm.eps,
+            self.group.unique_name,
+            symmetric=self.output_is_symmetric(),
+        )
 
     def output_is_symmetric(self) -> bool:
         """Whether the output goes to the group's symmetric memory: ungated over attention-TP, gated over TP."""

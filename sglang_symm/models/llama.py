@@ -15,7 +15,7 @@ Embedding, attention, o_proj and lm_head are sharded over attention-TP. The MLP 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +66,21 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(hidden_size, [intermediate_size] * 2, **common)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, **common)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def activation(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)[0]
+        return F.silu(gate) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(x))[0]
+
+    def forward_add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """`norm(y, residual)` of `y = self(x)`: see RowParallelLinear.forward_add_norm."""
+        return self.down_proj.forward_add_norm(self.activation(x), residual, norm)
 
 
 class LlamaAttention(nn.Module):
-    """`y = concat over heads of attention(rotate(x Q^T), rotate(x K^T), x V^T) @ O^T`, [n, H] -> [n, H], over
-    attention-TP."""
+    """`y = concat over heads of attention(rotate(x Q^T), rotate(x K^T), x V^T) @ O^T`, over attention-TP; returns
+    `norm(y, residual)`. All of them [n, H]."""
 
     def __init__(
         self,
@@ -96,10 +103,20 @@ class LlamaAttention(nn.Module):
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, **common)
         self.attention = Attention(layer)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: TokenBatch,
+        cache: KVCache,
+        residual: Tensor,
+        norm: RMSNorm,
+    ) -> tuple[Tensor, Tensor]:
         q, k, v = self.qkv_proj.split(self.qkv_proj(x))
         q, k = RotaryEmbedding.rotate(q, cos, sin), RotaryEmbedding.rotate(k, cos, sin)
-        return self.o_proj(self.attention(q, k, v, batch, cache).flatten(-2))[0]
+        heads = self.attention(q, k, v, batch, cache).flatten(-2)
+        return self.o_proj.forward_add_norm(heads, residual, norm)
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -138,13 +155,24 @@ class LlamaDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x and residual [n, H]: the last block's output and the sum of all before it -> the same after this layer."""
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos, sin, batch, cache)
-        x, residual = self.post_attention_layernorm(x, residual)
+        x, residual = self.self_attn(x, cos, sin, batch, cache, residual, self.post_attention_layernorm)
+        return self.mlp_of_all(x), residual
+
+    def forward_add_norm(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, batch: TokenBatch, cache: KVCache, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """As forward, between norms: x has this layer's input norm behind it, and comes back with `norm` behind it,
+        that of the next layer. So each norm can be done where its input is reduced."""
+        x, residual = self.self_attn(x, cos, sin, batch, cache, residual, self.post_attention_layernorm)
         if self.exchanges_tokens:
-            x = dp_scatter(self.mlp(dp_gather(x, self.state)), self.state)
-        else:
-            x = self.mlp(x)
-        return x, residual
+            return norm(self.mlp_of_all(x), residual)
+        return self.mlp.forward_add_norm(x, residual, norm)
+
+    def mlp_of_all(self, x: Tensor) -> Tensor:
+        """The MLP of this DP rank's tokens, by way of all DP ranks' where the MLP is sharded over them."""
+        if self.exchanges_tokens:
+            return dp_scatter(self.mlp(dp_gather(x, self.state)), self.state)
+        return self.mlp(x)
 
 
 class LlamaModel(nn.Module):
@@ -169,11 +197,14 @@ class LlamaModel(nn.Module):
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
     def forward(self, token_ids: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
-        x, residual = self.embed_tokens(token_ids), None
-        cos, sin = self.rotary.cos_sin(batch.positions, x.dtype)
-        for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, batch, cache)
-        return self.norm(x, residual)[0]
+        residual = self.embed_tokens(token_ids)
+        cos, sin = self.rotary.cos_sin(batch.positions, residual.dtype)
+        layers = cast(list[LlamaDecoderLayer], list(self.layers))
+        norms = [*(layer.input_layernorm for layer in layers), self.norm]
+        x, residual = norms[0](residual)
+        for layer, norm in zip(layers, norms[1:], strict=True):
+            x, residual = layer.forward_add_norm(x, residual, cos, sin, batch, cache, norm)
+        return x
 
 
 class LlamaForCausalLM(nn.Module):
