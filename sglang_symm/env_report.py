@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _library, tuning
+from . import nccl as nccl_rules
 from ._version import __version__
 
 # Variable -> (default, meaning). The report shows all of them; what is set in the environment is in force.
@@ -28,17 +29,15 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "SGLANG_SYMM_ARENA_BYTES": ("67108864 on CPU", "bytes of a group's arena, per rank"),
     "SGLANG_SYMM_TIMEOUT": ("60", "seconds that a call waits for its peers"),
     "SGLANG_SYMM_FIRST_TIMEOUT": ("600", "the same for a group's first call"),
-    "SGLANG_SYMM_ALGO": ("auto", "auto, one_shot, two_shot, two_shot_direct or process_group"),
+    "SGLANG_SYMM_ALGO": ("auto", "auto, one_shot, two_shot, two_shot_direct, process_group or nccl"),
     "SGLANG_SYMM_PINNED": ("0", "1: the algorithm does not depend on the number of tokens"),
     "SGLANG_SYMM_STRICT": ("0", "1: a full arena is an error, not ordinary memory"),
     "SGLANG_SYMM_TABLES": ("the package's", "tuning table, or a folder of them (tune); built-in: none"),
+    "SGLANG_SYMM_NCCL": ("0", "1: groups on GPUs own an NCCL communicator; auto: if it can be had; window: docs"),
+    "SGLANG_SYMM_NCCL_LIBRARY": ("the one torch loaded", "path of another libnccl.so.2"),
     "SYNC_TOKEN_IDS_ACROSS_TP": ("0", "1: the attention-TP group gets a symmetric communicator"),
 }
 OTHER_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_MPS_PIPE_DIRECTORY", "NCCL_DEBUG")
-
-# NCCL's symmetric kernels of these versions miss a sync with programmatic launches: silent corruption was reported.
-NCCL_WINDOWS_SINCE = (2, 27, 0)
-NCCL_WINDOWS_UNSAFE = ((2, 28, 9), (2, 30, 6))
 
 
 def machine() -> dict[str, Any]:
@@ -133,26 +132,8 @@ def nccl_report() -> dict[str, Any]:
             return {"version": None, "windows": "not used: NCCL does not tell its version"}
     except OSError:
         return {"version": None, "windows": "not used: libnccl.so.2 was not found"}
-    version = nccl_version(code.value)
-    return {"version": ".".join(map(str, version)), "windows": nccl_windows(version)}
-
-
-def nccl_version(code: int) -> tuple[int, int, int]:
-    """NCCL's version from its number: 22809 is 2.28.9."""
-    return code // 10000, code // 100 % 100, code % 100
-
-
-def nccl_windows(version: tuple[int, int, int]) -> str:
-    """Whether the windows of an NCCL are used, and the reason when they are not."""
-    if version < NCCL_WINDOWS_SINCE:
-        return "not used: NCCL has them since 2.27"
-    low, high = NCCL_WINDOWS_UNSAFE
-    if low <= version <= high:
-        return (
-            "not used: the symmetric kernels of NCCL 2.28.9 to 2.30.6 miss a sync with programmatic launches, "
-            "silent corruption was reported"
-        )
-    return "used when the group has an NCCL communicator"
+    version = nccl_rules.version_of(code.value)
+    return {"version": ".".join(map(str, version)), "windows": nccl_rules.windows(version)}
 
 
 def library_report() -> dict[str, Any]:

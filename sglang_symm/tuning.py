@@ -26,7 +26,8 @@ from typing import Any
 FORMAT = 1
 # In the order in which the native library reads them.
 OPS = ("all_reduce", "row_parallel_linear", "reduce_scatter", "all_gather", "broadcast")
-ALGORITHMS = ("one_shot", "two_shot", "two_shot_direct", "process_group")
+ALGORITHMS = ("one_shot", "two_shot", "two_shot_direct", "process_group")  # that `tune` measures
+CHOICES = (*ALGORITHMS, "nccl")  # that a table may name; a group without NCCL passes over it
 KEPT = Path(__file__).with_name("tables")  # with the package
 BUILT_IN_NAME = "built-in"
 
@@ -166,7 +167,7 @@ def parse(document: Any) -> Table:
         for number, step in enumerate(ladder):
             expect(isinstance(step, list) and len(step) == 2, steps, step)
             end, algorithm = step
-            expect(algorithm in ALGORITHMS, f"choice of {op}: one of {', '.join(ALGORITHMS)}", algorithm)
+            expect(algorithm in CHOICES, f"choice of {op}: one of {', '.join(CHOICES)}", algorithm)
             if number == len(ladder) - 1:
                 expect(end is None, steps, step)
             else:

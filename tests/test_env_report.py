@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from sglang_symm import __main__, __version__, env_report
+from sglang_symm import __main__, __version__, env_report, nccl
 
 
 def test_the_report_has_every_part_and_is_json() -> None:
@@ -71,8 +71,8 @@ def test_settings_show_what_is_set_and_what_is_misspelt(monkeypatch: pytest.Monk
 def test_nccl_windows_are_used_outside_the_unsafe_versions(
     code: int, version: tuple[int, int, int], used: bool
 ) -> None:
-    assert env_report.nccl_version(code) == version
-    assert env_report.nccl_windows(version).startswith("used") is used
+    assert nccl.version_of(code) == version
+    assert nccl.windows(version).startswith("used") is used
 
 
 def test_the_command_line_tells_its_commands(capsys: pytest.CaptureFixture[str]) -> None:

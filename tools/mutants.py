@@ -279,7 +279,7 @@ MUTANTS = [
     Mutant(
         "pinned mode takes the process group",
         "collective/choose.cpp",
-        "    if (agreed.pinned && step.algorithm == Algorithm::process_group) continue;\n",
+        "    if (!allowed(step.algorithm)) continue;\n",
         "",
         "Choose.*",
     ),

@@ -78,12 +78,47 @@ inline bool reduced_by_gloo(DType dtype, ReduceOp op) {
   }
 }
 
-inline size_t element_size(DType dtype) {
+// Reductions that NCCL does for us on GPUs. The mean is a sum and a division.
+inline bool reduced_by_nccl(DType dtype, ReduceOp op) {
+  if (op == ReduceOp::avg) return false;
   switch (dtype) {
     case DType::float32:
+    case DType::bfloat16:
+    case DType::float16:
+    case DType::float64:
+    case DType::int8:
+    case DType::uint8:
+    case DType::int32:
+    case DType::uint32:
+    case DType::int64:
+    case DType::uint64:
+    case DType::boolean:
+      return true;
+    case DType::complex64:
+    case DType::complex128:
+      return op == ReduceOp::sum;
+    default:
+      return false;
+  }
+}
+
+inline size_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::complex128:
+      return 16;
+    case DType::float64:
+    case DType::int64:
+    case DType::uint64:
+    case DType::complex64:
+      return 8;
+    case DType::float32:
+    case DType::int32:
+    case DType::uint32:
       return 4;
     case DType::bfloat16:
     case DType::float16:
+    case DType::int16:
+    case DType::uint16:
       return 2;
     default:
       return 1;

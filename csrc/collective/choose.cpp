@@ -61,12 +61,16 @@ Algorithm choose(OpCode op, DType dtype, ReduceOp reduce_op, size_t bytes, const
            " needs the process group, which pinned mode excludes. Use float32, bfloat16 or float16 with sum, or "
            "pinned=False");
     }
-    return Algorithm::process_group;
+    return agreed.nccl && reduced_by_nccl(dtype, reduce_op) ? Algorithm::nccl : Algorithm::process_group;
   }
-  if (agreed.forced && !(agreed.pinned && *agreed.forced == Algorithm::process_group)) return *agreed.forced;
-  Algorithm native = Algorithm::two_shot_direct;  // of the last step that pinned mode allows
+  const auto allowed = [&](Algorithm algorithm) {
+    const bool ours = algorithm != Algorithm::process_group && algorithm != Algorithm::nccl;
+    return (ours || !agreed.pinned) && (algorithm != Algorithm::nccl || agreed.nccl);
+  };
+  if (agreed.forced && allowed(*agreed.forced)) return *agreed.forced;
+  Algorithm native = Algorithm::two_shot_direct;  // of the last step that is allowed
   for (const Step& step : agreed.tuning.of(op)) {
-    if (agreed.pinned && step.algorithm == Algorithm::process_group) continue;
+    if (!allowed(step.algorithm)) continue;
     native = step.algorithm;
     if (bytes <= step.up_to) break;
   }
@@ -151,7 +155,7 @@ std::string to_string(const Agreed& agreed) {
   char digest[17];
   std::snprintf(digest, sizeof digest, "%016llx", static_cast<unsigned long long>(hash));
   return cat("algo=", agreed.forced ? name(*agreed.forced) : "auto", " pinned=", agreed.pinned ? 1 : 0,
-             " tuning=", digest);
+             " nccl=", agreed.nccl ? 1 : 0, " tuning=", digest);
 }
 
 std::optional<Algorithm> parse_algorithm(const std::string& text) {

@@ -6,6 +6,7 @@
 //   two_shot          2 (P-1)/P n          2 (P-1)/P n + staging  2 (headers, done)
 //   two_shot_direct   2 (P-1)/P n          2 (P-1)/P n            2 (headers, done)
 //   process_group     theirs               theirs                 1 (headers) + theirs
+//   nccl              theirs               theirs                 1 (headers) + theirs
 #pragma once
 
 #include <cstddef>
@@ -44,7 +45,8 @@ std::string to_string(const Tuning& tuning);  // what parse reads
 // Configuration exchanged and compared when the group is created.
 struct Agreed {
   std::optional<Algorithm> forced;  // SGLANG_SYMM_ALGO
-  bool pinned = false;              // the same bits whatever the number of tokens: process_group is excluded
+  bool pinned = false;              // the same bits whatever the number of tokens: process_group, nccl are excluded
+  bool nccl = false;                // the group owns an NCCL communicator
   Tuning tuning = Tuning::built_in(false, 2);
 };
 

@@ -12,7 +12,7 @@
 
 namespace sglang_symm {
 
-class CollectivesCuda final : public Collectives {
+class CollectivesCuda : public Collectives {
  public:
   // Collective, once all peers are attached: clears the fixed part, then proves every window by writing into it and
   // reading from it. max_ctas: the SMs that kernels of this rank may fill.

@@ -23,8 +23,8 @@ class Backend {
   // What all members must agree on, readable.
   virtual std::string settings() const = 0;
   virtual void attach(int peer, Fd fd) = 0;
-  // Collective, once all peers are attached.
-  virtual std::unique_ptr<Collectives> connect(SignalCpu& signal) = 0;
+  // Collective, once all peers are attached. nccl_id: rank 0's, for a group that owns an NCCL communicator.
+  virtual std::unique_ptr<Collectives> connect(SignalCpu& signal, const std::string& nccl_id) = 0;
 };
 
 // "cpu", or "cuda:N" in a build with CUDA. Raises for anything else. Fills in what the device decides in `config`:

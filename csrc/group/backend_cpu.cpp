@@ -33,7 +33,7 @@ class BackendCpu final : public Backend {
     segment->prefault(0, 2 * slot_bytes_);
     arena_->attach(peer, std::move(segment));
   }
-  std::unique_ptr<Collectives> connect(SignalCpu& signal) override {
+  std::unique_ptr<Collectives> connect(SignalCpu& signal, const std::string&) override {
     return std::make_unique<CollectivesCpu>(*arena_, signal, rank_, world_size_, slot_bytes_, best_cpu_path());
   }
 

@@ -2,7 +2,7 @@
 #include <cstdlib>
 
 #include "base/driver_cuda.h"
-#include "collective/collectives_cuda.h"
+#include "collective/collectives_nccl.h"
 #include "group/backend.h"
 #include "group/group.h"
 #include "memory/arena_cuda.h"
@@ -49,7 +49,11 @@ int usable_sms(int device) {
 class BackendCuda final : public Backend {
  public:
   explicit BackendCuda(GroupConfig* config)
-      : name_(config->name), rank_(config->rank), world_size_(config->world_size) {
+      : name_(config->name),
+        rank_(config->rank),
+        world_size_(config->world_size),
+        nccl_(config->agreed.nccl),
+        nccl_window_(config->nccl_window) {
     device_ = device_index(config->device);
     if (attribute(cudaDevAttrComputeCapabilityMajor, device_) < 9) {
       fail(ErrorKind::argument, "symmetric memory on ", config->device, ", whose compute capability is ",
@@ -79,7 +83,12 @@ class BackendCuda final : public Backend {
   void attach(int peer, Fd fd) override {
     arena_->attach(peer, SegmentCuda::import(device_, std::move(fd), arena_->bytes(), peer));
   }
-  std::unique_ptr<Collectives> connect(SignalCpu& signal) override {
+  std::unique_ptr<Collectives> connect(SignalCpu& signal, const std::string& nccl_id) override {
+    if (nccl_) {
+      const CollectivesNccl::Options options{nccl_id, nccl_window_};
+      const CommunicatorNccl::Members members{name_, rank_, world_size_, device_};
+      return std::make_unique<CollectivesNccl>(options, members, arena_, signal, layout_, max_ctas_);
+    }
     return std::make_unique<CollectivesCuda>(name_, arena_, signal, device_, rank_, world_size_, layout_, max_ctas_);
   }
 
@@ -89,6 +98,8 @@ class BackendCuda final : public Backend {
   std::string name_;
   int rank_;
   int world_size_;
+  bool nccl_;
+  bool nccl_window_;
   int device_ = 0;
   int max_ctas_ = 1;
   LayoutCuda layout_{};

@@ -54,12 +54,15 @@ void GroupConfig::apply(const std::vector<std::string>& settings) {
       agreed.pinned = parse_flag(key, value);
     } else if (key == "strict") {
       strict = parse_flag(key, value);
+    } else if (key == "nccl") {
+      nccl_window = value == "window";
+      agreed.nccl = nccl_window || parse_flag(key, value);
     } else if (key == "tuning") {
       agreed.tuning = Tuning::parse(value);
       tuned = true;
     } else {
       fail(ErrorKind::argument, "unknown setting '", setting,
-           "', expected timeout, first_timeout, algo, pinned, strict or tuning");
+           "', expected timeout, first_timeout, algo, pinned, strict, tuning or nccl");
     }
   }
 }
@@ -93,7 +96,7 @@ std::string Group::address() const {
   return rendezvous_->address();
 }
 
-void Group::connect(const std::vector<std::string>& addresses) {
+void Group::connect(const std::vector<std::string>& addresses, const std::string& nccl_id) {
   if (!rendezvous_ || collectives_) fail(ErrorKind::argument, "group '", config_.name, "' is connected already");
   const Deadline deadline(config_.deadlines.first_seconds);
   std::vector<Peer> peers = rendezvous_->connect(addresses, {signal_->fd(), arena_->fd()}, deadline);
@@ -106,7 +109,7 @@ void Group::connect(const std::vector<std::string>& addresses) {
   SignalCpu* signal = signal_.get();
   watcher_ = std::make_unique<Watcher>(
       std::move(peers), [signal](int peer, pid_t pid, PeerEvent event) { signal->on_peer(peer, pid, event); });
-  collectives_ = backend_->connect(*signal_);
+  collectives_ = backend_->connect(*signal_, nccl_id);
   ArenaRegistry::instance().add(arena_);
 }
 
@@ -190,7 +193,10 @@ std::string Group::info_json() const {
              ", \"free_bytes\": ", s.free_bytes, ", \"largest_free_bytes\": ", s.largest_free_bytes,
              ", \"live_blocks\": ", s.live_blocks, "}, \"settings\": {\"timeout\": ", config_.deadlines.seconds,
              ", \"first_timeout\": ", config_.deadlines.first_seconds,
-             ", \"strict\": ", config_.strict ? "true" : "false",
+             ", \"strict\": ", config_.strict ? "true" : "false", ", \"nccl\": ",
+             !config_.agreed.nccl  ? "\"0\""
+             : config_.nccl_window ? "\"window\""
+                                   : "\"1\"",
              ", \"slot_bytes\": ", backend_ ? backend_->slot_bytes() : 0,
              ", \"agreed\": ", json_string(to_string(config_.agreed)),
              ", \"tuning\": ", json_string(to_string(config_.agreed.tuning)), "}}");

@@ -35,12 +35,13 @@ struct GroupConfig {
   std::string process_group;  // c10d name, for fallbacks; empty for none
   bool symmetric = true;      // communicator: symm or process_group
   bool strict = false;        // a full arena is an error instead of ordinary memory
+  bool nccl_window = false;   // the arena becomes a window of the group's NCCL communicator (agreed.nccl)
   Deadlines deadlines;
   Agreed agreed;
   bool tuned = false;  // agreed.tuning was given; else the built-in one of the device goes there
 
-  // Reads "key=value" pairs: timeout, first_timeout, algo, pinned, strict, tuning. An unknown key or a bad value is an
-  // error.
+  // Reads "key=value" pairs: timeout, first_timeout, algo, pinned, strict, tuning, nccl. An unknown key or a bad value
+  // is an error.
   void apply(const std::vector<std::string>& settings);
 };
 
@@ -62,7 +63,8 @@ class Group {
   Group& operator=(const Group&) = delete;
 
   std::string address() const;
-  void connect(const std::vector<std::string>& addresses);
+  // nccl_id: rank 0's, in a group with agreed.nccl.
+  void connect(const std::vector<std::string>& addresses, const std::string& nccl_id = "");
 
   const GroupConfig& config() const { return config_; }
   bool symmetric() const { return config_.symmetric; }

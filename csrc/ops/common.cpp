@@ -126,7 +126,12 @@ void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const
   const bool native = natively_reduced(descriptor.dtype, reduction);
   const std::lock_guard lock(group.order);
   const Algorithm algorithm = choose_for(group, &descriptor, x.nbytes());
-  if (native && group.symmetric() && algorithm != Algorithm::process_group) {
+  if (group.world_size() > 1 && algorithm == Algorithm::nccl) {
+    group.collectives().all_reduce(
+        descriptor, {x.const_data_ptr(), out.mutable_data_ptr(), static_cast<size_t>(x.numel()), descriptor.dtype},
+        current_stream(group));
+    if (bias.defined()) out.add_(bias);
+  } else if (native && group.symmetric() && algorithm != Algorithm::process_group) {
     AllReduceArgs args{x.const_data_ptr(), out.mutable_data_ptr(), static_cast<size_t>(x.numel()), descriptor.dtype};
     if (bias.defined()) {
       args.bias = bias.const_data_ptr();

@@ -1,6 +1,11 @@
 // Making, finding and ending groups. Python exchanges the addresses through the process group's store in between.
 #include <torch/version.h>
 
+#include <cstdlib>
+
+#ifdef SGLANG_SYMM_WITH_CUDA
+#include "collective/collectives_nccl.h"
+#endif
 #include "collective/sum.h"
 #include "ops/common.h"
 #include "ops/ops.h"
@@ -46,8 +51,8 @@ std::string group_listen(const std::string& name, const std::string& device, int
   });
 }
 
-void group_connect(const std::string& name, const std::vector<std::string>& addresses) {
-  guarded([&] { GroupRegistry::instance().find(name)->connect(addresses); });
+void group_connect(const std::string& name, const std::vector<std::string>& addresses, const std::string& nccl_id) {
+  guarded([&] { GroupRegistry::instance().find(name)->connect(addresses, nccl_id); });
 }
 
 void group_create_process_group(const std::string& name, const std::string& device, int64_t rank, int64_t world_size,
@@ -82,5 +87,34 @@ std::string build_info() {
                "\", \"cpu\": \"", name(best_cpu_path()), "\"}");
   });
 }
+
+#ifdef SGLANG_SYMM_WITH_CUDA
+std::string nccl_info() {
+  return guarded([&] {
+    const nccl::Library& nccl = nccl::library();
+    return cat("{\"version\": ", nccl.version, ", \"text\": \"", nccl::version_text(nccl.version), "\"}");
+  });
+}
+
+std::string nccl_unique_id() {
+  return guarded([&] { return sglang_symm::nccl_unique_id(); });
+}
+#else
+namespace {
+
+[[noreturn]] void no_cuda() {
+  guarded([] { fail(ErrorKind::argument, "NCCL: this library was built without CUDA. nccl='0' does without"); });
+  std::abort();
+}
+
+}  // namespace
+
+std::string nccl_info() {
+  no_cuda();
+}
+std::string nccl_unique_id() {
+  no_cuda();
+}
+#endif
 
 }  // namespace sglang_symm::ops

@@ -35,7 +35,7 @@ TORCH_LIBRARY(sglang_symm, m) {
       "_group_listen(str name, str device, int rank, int world_size, int arena_bytes, str process_group, "
       "str[] settings) -> str",
       &ops::group_listen);
-  m.def("_group_connect(str name, str[] addresses) -> ()", &ops::group_connect);
+  m.def("_group_connect(str name, str[] addresses, str nccl_id=\"\") -> ()", &ops::group_connect);
   m.def(
       "_group_create_process_group(str name, str device, int rank, int world_size, str process_group, "
       "str[] settings) -> ()",
@@ -44,6 +44,8 @@ TORCH_LIBRARY(sglang_symm, m) {
   m.def("_group_check(str name) -> ()", &ops::group_check);
   m.def("_group_info(str name) -> str", &ops::group_info);
   m.def("_build_info() -> str", &ops::build_info);
+  m.def("_nccl_info() -> str", &ops::nccl_info);
+  m.def("_nccl_unique_id() -> str", &ops::nccl_unique_id);
   m.def("_enter_symmetric_memory(str group) -> ()", &ops::enter_symmetric_memory);
   m.def("_exit_symmetric_memory(str group) -> ()", &ops::exit_symmetric_memory);
   m.def("_peer_view(str group, int peer, int offset, int[] size, ScalarType dtype) -> Tensor", &ops::peer_view);

@@ -52,12 +52,15 @@ void install_interrupt_hook();
 std::string group_listen(const std::string& name, const std::string& device, int64_t rank, int64_t world_size,
                          int64_t arena_bytes, const std::string& process_group,
                          const std::vector<std::string>& settings);
-void group_connect(const std::string& name, const std::vector<std::string>& addresses);
+void group_connect(const std::string& name, const std::vector<std::string>& addresses, const std::string& nccl_id);
 void group_create_process_group(const std::string& name, const std::string& device, int64_t rank, int64_t world_size,
                                 const std::string& process_group, const std::vector<std::string>& settings);
 void group_destroy(const std::string& name);
 void group_check(const std::string& name);
 std::string group_info(const std::string& name);
 std::string build_info();
+// NCCL's version as a number and as text, and where it was found. Raises when it was not.
+std::string nccl_info();
+std::string nccl_unique_id();
 
 }  // namespace sglang_symm::ops

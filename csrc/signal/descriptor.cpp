@@ -20,7 +20,7 @@ const char* name(OpCode op) {
 }
 
 const char* name(Algorithm algorithm) {
-  constexpr const char* names[] = {"one_shot", "two_shot", "two_shot_direct", "process_group"};
+  constexpr const char* names[] = {"one_shot", "two_shot", "two_shot_direct", "process_group", "nccl"};
   const auto index = static_cast<size_t>(algorithm);
   return index < sizeof names / sizeof *names ? names[index] : "unknown algorithm";
 }

@@ -26,8 +26,9 @@ enum class Algorithm : uint8_t {
   two_shot = 1,         // through slots, each rank sums its share and writes it to everybody
   two_shot_direct = 2,  // as two_shot, on tensors in the arena without the staging copy
   process_group = 3,    // Gloo or NCCL through torch.distributed
+  nccl = 4,             // the NCCL communicator that the group owns
 };
-constexpr int kAlgorithms = 4;
+constexpr int kAlgorithms = 5;
 
 struct Descriptor {
   OpCode op = OpCode::none;

@@ -47,7 +47,9 @@ enum class AbortKind : uint32_t {
   left = 3,
   disagree = 4,
   damaged = 5,
-  interrupted = 6
+  interrupted = 6,
+  unfinished = 7,  // NCCL's kernel did not end, though every rank had begun the call
+  refused = 8      // NCCL reported an error
 };
 
 struct alignas(64) AbortRecord {

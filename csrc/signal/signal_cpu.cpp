@@ -153,6 +153,16 @@ void SignalCpu::damaged(const Call& call, int peer) const {
   fail(ErrorKind::communication, "group '", group_, "': a damaged header of rank ", peer);
 }
 
+void SignalCpu::fail_call(AbortKind kind, const Descriptor& descriptor, uint64_t epoch, double seconds) const {
+  AbortRecord what{};
+  what.kind = kind;
+  what.culprits = 1u << rank_;
+  what.epoch = epoch;
+  what.seconds = seconds;
+  what.expected = descriptor;
+  report(what, rank_);
+}
+
 std::vector<uint64_t> SignalCpu::exchange(const Descriptor& descriptor, uint64_t offset) {
   std::vector<uint64_t> offsets(static_cast<size_t>(world_size_), offset);
   if (world_size_ == 1) return offsets;
@@ -246,6 +256,13 @@ std::string SignalCpu::describe(const AbortRecord& found) const {
     case AbortKind::damaged:
       return cat(head, "rank ", who, " sent an offset outside of its arena in call ", found.epoch, ", ",
                  to_string(found.expected), ": its memory or the group's was overwritten", tail);
+    case AbortKind::unfinished:
+      return cat(head, "NCCL's kernel of call ", found.epoch, ", ", to_string(found.expected), ", did not end within ",
+                 found.seconds, " s on rank ", found.reporter,
+                 ", though every rank had begun the call. Is a rank stopped or stuck?", tail);
+    case AbortKind::refused:
+      return cat(head, "NCCL failed on rank ", found.reporter, " after call ", found.epoch, ", ",
+                 to_string(found.expected), "; that rank's exception says why, NCCL_DEBUG=WARN more", tail);
     default:
       return cat(
           head, "rank(s) ", who, " did not arrive within ", found.seconds, " s in call ", found.epoch, ", ",

@@ -65,6 +65,8 @@ class SignalCpu {
   }
   // The group is being destroyed by another thread of this rank: a call that waits raises.
   void close() { closing_.store(true, std::memory_order_release); }
+  // A call that NCCL does for the group did not end well on this rank: breaks the group.
+  void fail_call(AbortKind kind, const Descriptor& descriptor, uint64_t epoch, double seconds) const;
   // A header of this call cannot be true: breaks the group and raises.
   [[noreturn]] void damaged(const Call& call, int peer) const;
   // Cores that the attached ranks may run on, together: fewer than ranks, and waiting yields at once.

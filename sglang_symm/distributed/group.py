@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from sglang_symm import _library, tuning
+from sglang_symm import _library, nccl, tuning
 from sglang_symm.distributed.rendezvous import (
     ERROR_PREFIX,
     WRONG_PREFIX,
@@ -46,14 +46,18 @@ _GRACE = 5.0  # seconds
 
 def _decide(configs: list[dict[str, Any]]) -> dict[str, Any]:
     """What member 0 makes of all members' configurations. Raises ValueError naming ranks that differ."""
-    check_agreement(configs, "the members of a group", ignore=("host",))
+    check_agreement(configs, "the members of a group", ignore=("host", "nccl_found"))
     communicator, note = configs[0]["communicator"], ""
     if communicator == SYMM and len(configs) > MAX_SYMM_WORLD:
         communicator = PROCESS_GROUP
         note = f"its {len(configs)} ranks are more than the {MAX_SYMM_WORLD} that share memory"
     elif communicator == SYMM and len({config["host"] for config in configs}) > 1:
         communicator, note = PROCESS_GROUP, "its ranks are on several hosts"
-    return {"communicator": communicator, "note": note}
+    return {
+        "communicator": communicator,
+        "note": note,
+        "nccl": nccl.decide(configs) if communicator == SYMM else "0",
+    }
 
 
 # Groups by unique name, from creation to destroy(): an op finds its group by name, so a Group lives on when its
@@ -75,11 +79,12 @@ class Group:
         name: begins ``unique_name``; default ``world`` or ``group``.
         device: where its tensors live; default: ``cpu`` if the process group serves it, else the current CUDA device.
         communicator: ``symm`` or ``process_group`` (no arena; every op goes through the process group).
-        arena_bytes, timeout, first_timeout, algo, pinned, strict, tables: see GroupSettings; None: environment, else
-            default.
+        arena_bytes, timeout, first_timeout, algo, pinned, strict, tables, nccl: see GroupSettings; None: environment,
+            else default.
 
     Attributes:
         rank_in_group, world_size, ranks (global ranks), unique_name (what ops take), device, communicator, settings.
+        nccl: ``0``; ``1`` or ``window`` when the group owns an NCCL communicator.
         tuning: the table that calls choose their algorithm by (see sglang_symm.tuning).
         symmetric_memory_enabled: whether ``use_symmetric_memory`` of this group does anything.
         device_group, cpu_group: torch ProcessGroups of the same members.
@@ -136,6 +141,8 @@ class Group:
             config = {"device": self.device.type, "communicator": communicator, **asdict(self.settings)}
             self.tuning = _tuning_of(self.device, self.world_size, communicator, self.settings.tables)
             config |= {"tuning": self.tuning.label, "host": host_identity()}
+            if communicator == SYMM and self.settings.nccl != "0" and self.world_size > 1:
+                config["nccl_found"] = nccl.found(self.device)
         except Exception as error:
             problem = problem or error
         if problem is not None:
@@ -148,12 +155,17 @@ class Group:
         except dist.DistBackendError as error:
             raise problem or error from None
         self.communicator: str = decision["communicator"]
+        self.nccl: str = decision["nccl"]
         self.unique_name: str = f"{label}#{meeting.generation}"
         if decision["note"] and self.rank_in_group == 0:
             warnings.warn(
                 f"sglang_symm: group {self.unique_name} works through its process group: {decision['note']}",
                 stacklevel=2,
             )
+        if self.nccl == "window" and self.rank_in_group == 0:
+            how = nccl.windows(nccl.version_of(config["nccl_found"]["version"]))
+            if how.startswith("not"):
+                warnings.warn(f"sglang_symm: group {self.unique_name}: NCCL's windows are {how}", stacklevel=2)
         self._create(meeting)
         if torch.device("cpu") not in pg._device_types:
             self.cpu_group = new_process_group(
@@ -186,9 +198,8 @@ class Group:
                 native._group_create_process_group(*common, pg_name, self.settings.native())
                 address = "ok"
             else:
-                address = native._group_listen(
-                    *common, self.settings.arena_bytes, pg_name, [*self.settings.native(), *self.tuning.native()]
-                )
+                chosen = [*self.settings.native(), *self.tuning.native(), f"nccl={self.nccl}"]
+                address = native._group_listen(*common, self.settings.arena_bytes, pg_name, chosen)
             made = True
             return address
 
@@ -197,9 +208,14 @@ class Group:
             if self.communicator == SYMM:
                 # Connecting has a deadline of its own, after which there is still something to tell.
                 meeting.deadline = Deadline(self.settings.first_timeout + _GRACE)
-                meeting.exchange(
-                    "ready", attempt(lambda: torch.ops.sglang_symm._group_connect(self.unique_name, addresses))
-                )
+                nccl_id = ""
+                if self.nccl != "0":
+                    draws = self.rank_in_group == 0
+                    nccl_id = meeting.exchange(
+                        "nccl", attempt(lambda: torch.ops.sglang_symm._nccl_unique_id() if draws else "")
+                    )[0]
+                connect = torch.ops.sglang_symm._group_connect
+                meeting.exchange("ready", attempt(lambda: connect(self.unique_name, addresses, nccl_id)))
         except BaseException as error:
             if made:
                 torch.ops.sglang_symm._group_destroy(self.unique_name)
@@ -243,7 +259,8 @@ class Group:
         """y = x_0 (op) x_1 (op) ... over the ranks; ``x`` any shape, y a new tensor like it.
 
         Sums of fp32, bf16 and fp16 are accumulated in fp32 in rank order and rounded once: the same bits on all ranks.
-        Other dtypes, and ``op`` product, min, max or avg, go through the process group. Wrong arguments are a
+        Other dtypes, and ``op`` product, min, max or avg, go through the group's NCCL communicator if it has one
+        (``nccl``), else through the process group. Wrong arguments are a
         ValueError before anything is sent.
         """
         self._check_tensor(x, "all_reduce")

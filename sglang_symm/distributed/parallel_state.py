@@ -133,8 +133,8 @@ class ParallelState:
 
         Args:
             process_group: its ranks, in order, are the TP ranks.
-            settings: device, arena_bytes, timeout, first_timeout, algo, pinned, strict, tables of every group: see
-                Group.
+            settings: device, arena_bytes, timeout, first_timeout, algo, pinned, strict, tables, nccl of every group:
+                see Group.
 
         Raises ValueError for a size that does not divide, else as Group.
         """
@@ -296,7 +296,8 @@ def initialize_model_parallel(
         attention_data_parallel_size: divides it; attention-TP is the quotient.
         device: ``cpu``, or ``cuda`` for the GPU of LOCAL_RANK. backend: of the process groups; default ``gloo`` on
             CPU, both else.
-        settings: arena_bytes, timeout, first_timeout, algo, pinned, strict, tables of every group; see Group.
+        settings: arena_bytes, timeout, first_timeout, algo, pinned, strict, tables, nccl of every group; see
+            Group.
 
     Raises:
         RuntimeError: there is a default already. ValueError: sizes that do not divide; a wrong argument or environment

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from sglang_symm.nccl import CHOICES as NCCL_CHOICES
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ALGORITHMS = ("auto", "one_shot", "two_shot", "two_shot_direct", "process_group")
+ALGORITHMS = ("auto", "one_shot", "two_shot", "two_shot_direct", "process_group", "nccl")
 _DEFAULT_CPU_ARENA_BYTES = 64 << 20
 _MAX_SECONDS = 1e9  # in nanoseconds it still is a number of 64 bits
 
@@ -30,6 +32,7 @@ class SettingsArguments(TypedDict, total=False):
     pinned: bool | None
     strict: bool | None
     tables: str | None
+    nccl: str | int | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class GroupSettings:
         pinned: choose independently of the number of tokens.
         strict: a full arena is torch.OutOfMemoryError instead of ordinary memory with a warning.
         tables: a tuning table, or a folder of them, asked before those kept with the package; ``built-in``: none.
+        nccl: an NCCL communicator of the group's own, for other dtypes and reductions, and where a table says so:
+            ``0`` none, ``1`` one, ``auto`` one if it can be had, ``window`` one that has the arena as its window.
     """
 
     arena_bytes: int
@@ -52,6 +57,7 @@ class GroupSettings:
     pinned: bool
     strict: bool
     tables: str = ""
+    nccl: str = "0"
 
     @staticmethod
     def resolve(device: torch.device, **given: Unpack[SettingsArguments]) -> GroupSettings:
@@ -82,6 +88,7 @@ class GroupSettings:
             pinned=setting("pinned", _flag, False),
             strict=setting("strict", _flag, False),
             tables=setting("tables", _path, ""),
+            nccl=setting("nccl", _nccl, "0"),
         )
 
     def native(self) -> list[str]:
@@ -165,6 +172,13 @@ def _path(name: str, value: Any) -> str:
     if not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value):
         raise ValueError(f"sglang_symm: expected {name} to be a path, got {value!r}")
     return os.fspath(value)
+
+
+def _nccl(name: str, value: Any) -> str:
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    if text not in NCCL_CHOICES:
+        raise ValueError(f"sglang_symm: expected {name} to be one of {', '.join(NCCL_CHOICES)}, got {value!r}")
+    return text
 
 
 def _flag(name: str, value: Any) -> bool:

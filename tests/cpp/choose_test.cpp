@@ -56,6 +56,35 @@ TEST(Choose, FollowsTheTable) {
   }
 }
 
+TEST(Choose, NcclWhereTheGroupHasItsCommunicatorAndPinnedModeDoesNotForbid) {
+  using enum Algorithm;
+  Agreed agreed;
+  agreed.tuning = Tuning::parse(
+      "all_reduce:one_shot<=1024,nccl;row_parallel_linear:one_shot;reduce_scatter:one_shot;all_gather:one_shot;"
+      "broadcast:one_shot");
+  const auto chosen = [&](DType dtype, ReduceOp op, size_t bytes) {
+    return choose(OpCode::all_reduce, dtype, op, bytes, agreed);
+  };
+  EXPECT_EQ(chosen(DType::int64, ReduceOp::sum, 8), process_group);
+  EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, 2 * K), one_shot);
+  agreed.nccl = true;
+  EXPECT_EQ(chosen(DType::int64, ReduceOp::sum, 8), nccl);
+  EXPECT_EQ(chosen(DType::bfloat16, ReduceOp::max, 8), nccl);
+  EXPECT_EQ(chosen(DType::complex64, ReduceOp::sum, 8), nccl);
+  EXPECT_EQ(chosen(DType::complex64, ReduceOp::product, 8), process_group);
+  EXPECT_EQ(chosen(DType::int16, ReduceOp::sum, 8), process_group);
+  EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, K), one_shot);
+  EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, 2 * K), nccl);
+  agreed.pinned = true;
+  EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, 2 * K), one_shot);
+  agreed.forced = nccl;
+  EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, 2 * K), one_shot);
+  agreed.pinned = false;
+  EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, 8), nccl);
+  agreed.nccl = false;
+  EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, 8), one_shot);
+}
+
 TEST(Choose, ForcedWinsExceptWhereItCannotBe) {
   Agreed agreed;
   agreed.forced = Algorithm::two_shot;

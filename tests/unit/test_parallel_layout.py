@@ -80,7 +80,14 @@ def test_groups_that_do_not_fit_make_no_parallel_state():
 
 
 def config(**changes):
-    return {"device": "cpu", "communicator": "symm", "timeout": 60.0, "algo": "auto", "host": "a"} | changes
+    return {
+        "device": "cpu",
+        "communicator": "symm",
+        "timeout": 60.0,
+        "algo": "auto",
+        "nccl": "0",
+        "host": "a",
+    } | changes
 
 
 def test_equal_configurations_keep_the_communicator():
