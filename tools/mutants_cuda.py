@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutants import Mutant  # noqa: E402
 
 ONE_SHOT, TWO_SHOT = "collective/one_shot_cuda.cu", "collective/two_shot_cuda.cu"
+NORM = "collective/norm_cuda.cu"
 DIRECT, SMALL = "collective/direct_cuda.cu", "collective/small_cuda.cu"
 FUSED = "fused/decode_sm90.cu"
 PAD = "signal/pad_cuda.cuh"
@@ -41,6 +42,7 @@ SUMS = COLLECTIVES + "'all_reduce_gives and bfloat16 and {}'"
 IN_A_ROW = COLLECTIVES + "'calls_in_a_row and {}'"
 FAILURES = "tests/gpu/test_failures.py -k "
 FUSED_TEST = "tests/gpu/test_fused.py -k "
+NORM_TEST = "tests/gpu/test_norm.py -k 'composition and bfloat16 and 576'"
 TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
 
 # Where rank 1 is slow, in every fourth call: after it has sent its data, before it takes those of others.
@@ -100,6 +102,22 @@ MUTANTS = [
         "if (blockIdx.x == 0 && s.alive) {",
         SUMS.format("one_shot"),
         (ONE_SHOT,),
+    ),
+    CudaMutant(
+        "norm: slots are not re-armed",
+        NORM,
+        "re_arm<Max>(s, slots, slot + chunk);",
+        "(void)0;",
+        NORM_TEST,
+        (NORM,),
+    ),
+    CudaMutant(
+        "norm: the mean is of one warp's squares",
+        NORM,
+        "warp < workers / kWarp; warp++",
+        "warp < 1; warp++",
+        NORM_TEST,
+        (NORM,),
     ),
     CudaMutant(
         "one_shot: descriptors are not compared",

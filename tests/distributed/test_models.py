@@ -142,7 +142,20 @@ class Spy:
                 self.calls.append((role, symmetric, roles[group].contains(y)))
             return y
 
+        with_norm = torch.ops.sglang_symm.row_parallel_linear_add_rms_norm
+
+        def spied_with_norm(*args: Any, symmetric: bool = True) -> tuple[Tensor, Tensor]:
+            """What GPUs take: the sum is inside of the op, so it is found by the group's count."""
+            name = args[6]
+            before = roles[name].info()["outputs_inside"]
+            result: tuple[Tensor, Tensor] = with_norm(*args, symmetric=symmetric)
+            role = "attn_tp" if name == state.attn_tp.unique_name else "tp"
+            if result[0].numel():
+                self.calls.append((role, symmetric, roles[name].info()["outputs_inside"] > before))
+            return result
+
         monkeypatch.setattr(torch.ops.sglang_symm, "row_parallel_linear", spied)
+        monkeypatch.setattr(torch.ops.sglang_symm, "row_parallel_linear_add_rms_norm", spied_with_norm)
 
 
 @pytest.mark.parametrize("mlp_group", ["attn_tp", "tp"])
