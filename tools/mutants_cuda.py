@@ -35,7 +35,7 @@ ONE_SHOT, TWO_SHOT = "collective/one_shot_cuda.cu", "collective/two_shot_cuda.cu
 NORM = "collective/norm_cuda.cu"
 DIRECT, SMALL = "collective/direct_cuda.cu", "collective/small_cuda.cu"
 FUSED = "fused/decode_sm90.cu"
-PAD = "signal/pad_cuda.cuh"
+PAD, LAUNCH = "signal/pad_cuda.cuh", "collective/launch_cuda.cuh"
 
 COLLECTIVES = "tests/gpu/test_collectives.py -k "
 SUMS = COLLECTIVES + "'all_reduce_gives and bfloat16 and {}'"
@@ -48,8 +48,8 @@ TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
 # Where rank 1 is slow, in every fourth call: after it has sent its data, before it takes those of others.
 SLEEP = "if (s.call.rank == 1 && (s.epoch & 3) == 2) __nanosleep(100000);"
 SLOW = {
-    ONE_SHOT: (ONE_SHOT, "came = receive(s, slots, chunk, v);", SLEEP + " came = receive(s, slots, chunk, v);"),
-    TWO_SHOT: (TWO_SHOT, "if (receive(s, partials, i, v)) {", SLEEP + " if (receive(s, partials, i, v)) {"),
+    ONE_SHOT: (ONE_SHOT, "const bool came = s.alive &&", SLEEP + " const bool came = s.alive &&"),
+    TWO_SHOT: (TWO_SHOT, "if (came[u] || receive(s, partials,", SLEEP + " if (came[u] || receive(s, partials,"),
     FUSED: (
         "fused/decode_sm90.cuh",
         "reducers.reduce(tile_of(i));",
@@ -72,7 +72,7 @@ MUTANTS = [
     CudaMutant(
         "one_shot: slots are not re-armed",
         ONE_SHOT,
-        "re_arm<Max>(s, slots, chunk);",
+        "re_arm<Max>(s, from, a.part);",
         "(void)0;",
         SUMS.format("one_shot"),
         (ONE_SHOT,),
@@ -97,9 +97,9 @@ MUTANTS = [
     ),
     CudaMutant(
         "one_shot: no header is sent",
-        ONE_SHOT,
-        "if (blockIdx.x == 0 && s.alive) {\n      send_headers(s);",
-        "if (blockIdx.x == 0 && s.alive) {",
+        LAUNCH,
+        "if (speaks) send_headers(s);",
+        "",
         SUMS.format("one_shot"),
         (ONE_SHOT,),
     ),
@@ -195,8 +195,8 @@ MUTANTS = [
     CudaMutant(
         "direct: done flags are sent before the share is written",
         PAD,
-        "__threadfence_system();\n  __syncthreads();\n  bool fine = true;",
-        "bool fine = true;",
+        "__syncthreads();  // the release below covers what the whole CTA wrote and read before this\n",
+        "",
         SUMS.format("direct"),
         (DIRECT,),
     ),
@@ -270,7 +270,7 @@ CONTROLS = [
     )
 ]
 # Instances for more than two ranks, which a mutant of two ranks does not need; it is compiled in half the time.
-NARROW = ("collective/launch_cuda.cuh", "return f(Constant<{}>{{}});")
+NARROW = (LAUNCH, "return f(Constant<{}>{{}});")
 
 
 def slug(name: str) -> str:

@@ -39,10 +39,12 @@ void copy_device(void* to, const void* from, size_t bytes, cudaStream_t stream) 
 }  // namespace
 
 GridCuda grid_for(size_t chunks, int max_ctas) {
-  // One chunk a thread as long as the grid allows; small CTAs while they fit, because they are brought in sooner.
-  const size_t threads = chunks <= size_t{64} * 128 ? 128 : kMaxWorkers;
-  const size_t ctas = std::max<size_t>(1, (chunks + threads - 1) / threads);
-  if (ctas <= static_cast<size_t>(max_ctas)) return {static_cast<int>(ctas), static_cast<int>(threads)};
+  // One chunk a thread as long as the grid allows, in the smallest CTAs that fit: they are brought in sooner.
+  for (const size_t threads : {size_t{128}, size_t{256}, size_t{kMaxWorkers}}) {
+    const size_t ctas = std::max<size_t>(1, (chunks + threads - 1) / threads);
+    const size_t most = threads == 128 ? std::min(max_ctas, 64) : max_ctas;
+    if (ctas <= most) return {static_cast<int>(ctas), static_cast<int>(threads)};
+  }
   return {max_ctas, kMaxWorkers};
 }
 
@@ -189,6 +191,8 @@ void CollectivesCuda::all_reduce(const Descriptor& descriptor, const AllReduceAr
     round.bias_length = args.bias_length;
     round.bias_start = begin;
     const size_t chunks = (round.count + per_chunk - 1) / per_chunk;
+    round.part = descriptor.algorithm == Algorithm::two_shot ? two_shot_part : one_shot_part;
+    round.share = static_cast<uint32_t>((chunks + world - 1) / world);
     if (descriptor.algorithm == Algorithm::one_shot || world_size_ == 1) {
       launch_one_shot(round, grid_for(chunks, max_ctas_), stream);
     } else if (descriptor.algorithm == Algorithm::two_shot) {
@@ -227,13 +231,15 @@ void CollectivesCuda::reduce_scatter(const Descriptor& descriptor, const void* i
   order(stream);
   std::array<size_t, kMaxWorldSize + 1> start{};
   std::partial_sum(sizes.begin(), sizes.end(), start.begin() + 1);
-  const size_t most = layout_.slot_bytes / static_cast<size_t>(world_size_) / 128 * 128 / element;
+  const size_t part = layout_.slot_bytes / static_cast<size_t>(world_size_) / 128 * 128;
+  const size_t most = part / element;
   const size_t longest = *std::max_element(sizes.begin(), sizes.end());
   size_t begin = 0;
   do {
     ScatterCuda round{};
     static_cast<SumCuda&>(round) = sum(descriptor);
     round.in = in;
+    round.part = part;
     for (size_t r = 0; r < sizes.size(); r++) {
       round.part_begin[r] = start[r] + std::min(begin, sizes[r]);
       round.part_count[r] = std::min(most, sizes[r] - std::min(begin, sizes[r]));

@@ -24,13 +24,14 @@ __device__ __forceinline__ bool meet(const Session& s, Offsets* offsets) {
   if (!fine) return false;
   if (is_signal_warp()) {
     if (blockIdx.x == 0) {
-      __threadfence_system();  // what earlier kernels wrote here, before the header that lets peers read it
+      fence_sys();  // what earlier kernels wrote here, before the header that lets peers read it
       send_headers(s);
     }
     fine = await_headers(s);
-    __threadfence_system();
     for (int r = threadIdx.x & (kWarp - 1); r < s.call.world_size; r += kWarp) {
       const HeaderCuda& header = s.own()->header[s.parity()][r];
+      // The peer's fence is met by an acquire of its header, not by a fence: that would wait for my headers to arrive.
+      if (r != s.call.rank) load_acquire(&header.word[1]);
       offsets->in[r] = r == s.call.rank ? s.call.offset_in : offset_in(header);
       offsets->out[r] = r == s.call.rank ? s.call.offset_out : offset_out(header);
     }

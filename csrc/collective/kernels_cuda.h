@@ -18,8 +18,8 @@
 
 namespace sglang_symm {
 
-// Threads of a CTA that move data. With the signal warp 512, so each has 128 registers.
-constexpr int kMaxWorkers = 480;
+// Threads of a CTA that move data. With the signal warp 544, so each has 96 registers.
+constexpr int kMaxWorkers = 512;
 
 // A grid whose CTAs all wait must be resident as a whole: ctas <= the SMs that the rank may fill, one a SM.
 struct GridCuda {
@@ -40,6 +40,8 @@ struct SumCuda {
   size_t bias_start;
   size_t slots;  // offset in every arena: [2 parities][slot_bytes]
   size_t slot_bytes;
+  size_t part;     // bytes of a source in a parity; of two_shot, in half a parity
+  uint32_t share;  // chunks of an owner, of two_shot
 };
 
 struct ScatterCuda : SumCuda {       // `count`: of my part

@@ -21,6 +21,28 @@ __device__ __forceinline__ Workers workers() {
   return {blockIdx.x * each + threadIdx.x, gridDim.x * each};
 }
 
+// A kernel's end, spread over its run: a worker says that it has its epoch, and the signal warp advances the counters
+// while the workers wait for their peers. So nobody waits for anybody at the end, and no store comes after the
+// result's.
+constexpr int kEpochBarrier = 1;
+__device__ __forceinline__ void epoch_is_read() {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kEpochBarrier), "r"(blockDim.x) : "memory");
+}
+
+// The whole of the signal warp's work. Workers must not use the epoch's counter after epoch_is_read().
+__device__ __forceinline__ void keep_protocol(const Session& s) {
+  const bool speaks = blockIdx.x == 0 && s.alive;
+  if (speaks) send_headers(s);
+  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kEpochBarrier), "r"(blockDim.x) : "memory");
+  PadCuda* pad = s.own();
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x + (threadIdx.x & (kWarp - 1)) * gridDim.x); i < kMaxCtas;
+       i += static_cast<int>(kWarp * gridDim.x)) {
+    pad->epoch[i] = s.epoch;
+  }
+  if (speaks) await_headers(s);
+}
+
 __device__ __forceinline__ bool is_aligned(const void* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
@@ -35,10 +57,17 @@ struct Slots {
   size_t offset;  // in every arena
   size_t part;    // bytes
 
+  __device__ std::byte* at(const CallCuda& call, int rank, int source, uint32_t chunk) const {
+    return call.window[rank] + offset + static_cast<size_t>(source) * part + size_t{chunk} * 16;
+  }
   __device__ std::byte* at(const Session& s, int rank, int source, uint32_t chunk) const {
-    return s.call.window[rank] + offset + static_cast<size_t>(source) * part + size_t{chunk} * 16;
+    return at(s.call, rank, source, chunk);
   }
 };
+
+__device__ __forceinline__ Slots one_shot_slots(const SumCuda& a, const Session& s) {
+  return {a.slots + s.parity() * a.slot_bytes, a.part};
+}
 
 // What cannot be had is NaN in every floating dtype.
 template <class Type>
@@ -49,21 +78,35 @@ __device__ __forceinline__ void fill(void* out, size_t count) {
   }
 }
 
-// One look at every source's slot of a chunk; v[r] is valid for all r but the own when it returns true.
-// Every v[r] is written, so none is kept in a register while a slow poll calls its functions.
+// Max == 2 is a world of 2: the one peer's slot.
+__device__ __forceinline__ std::byte* peer_slot(const CallCuda& call, std::byte* slot, size_t part) {
+  return call.rank == 0 ? slot + part : slot;
+}
+
+// What has come for one chunk: `slot` is rank 0's, `part` apart from the next. v[r] is valid for all r but the own when
+// it returns true. Every v[r] is written, so none is kept in a register while a slow poll calls its functions.
+template <int Max>
+__device__ __forceinline__ bool look(const Session& s, std::byte* slot, size_t part, uint4 (&v)[Max]) {
+  if constexpr (Max == 2) {
+    v[0] = v[1] = load_sys(static_cast<const void*>(peer_slot(s.call, slot, part)));
+    return is_data(v[0]);
+  } else {
+    bool all = true;
+#pragma unroll
+    for (int r = 0; r < Max; r++) {
+      const bool comes = r < s.call.world_size && r != s.call.rank;
+      v[r] = comes ? load_sys(static_cast<const void*>(slot + r * part)) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int r = 0; r < Max; r++) {
+      if (r < s.call.world_size && r != s.call.rank) all &= is_data(v[r]);
+    }
+    return all;
+  }
+}
 template <int Max>
 __device__ __forceinline__ bool look(const Session& s, const Slots& slots, uint32_t chunk, uint4 (&v)[Max]) {
-  bool all = true;
-#pragma unroll
-  for (int r = 0; r < Max; r++) {
-    const bool comes = r < s.call.world_size && r != s.call.rank;
-    v[r] = comes ? load_sys(static_cast<const void*>(slots.at(s, s.call.rank, r, chunk))) : make_uint4(0, 0, 0, 0);
-  }
-#pragma unroll
-  for (int r = 0; r < Max; r++) {
-    if (r < s.call.world_size && r != s.call.rank) all &= is_data(v[r]);
-  }
-  return all;
+  return look(s, slots.at(s, s.call.rank, 0, chunk), slots.part, v);
 }
 
 // The ranks whose word of a chunk has not come.
@@ -77,19 +120,30 @@ inline __device__ __noinline__ uint32_t missing_in(const CallCuda& call, const s
 }
 
 template <int Max>
-__device__ __forceinline__ bool receive(const Session& s, const Slots& slots, uint32_t chunk, uint4 (&v)[Max]) {
+__device__ __forceinline__ bool receive(const Session& s, std::byte* slot, size_t part, uint4 (&v)[Max]) {
   return wait(
-      s, [&] { return look(s, slots, chunk, v); },
-      [&] { return missing_in(s.call, slots.at(s, s.call.rank, 0, chunk), slots.part); });
+      s, [&] { return look(s, slot, part, v); }, [&] { return missing_in(s.call, slot, part); });
+}
+template <int Max>
+__device__ __forceinline__ bool receive(const Session& s, const Slots& slots, uint32_t chunk, uint4 (&v)[Max]) {
+  return receive(s, slots.at(s, s.call.rank, 0, chunk), slots.part, v);
 }
 
 template <int Max>
-__device__ __forceinline__ void re_arm(const Session& s, const Slots& slots, uint32_t chunk) {
+__device__ __forceinline__ void re_arm(const Session& s, std::byte* slot, size_t part) {
+  if constexpr (Max == 2) {
+    store_sys(static_cast<void*>(peer_slot(s.call, slot, part)), all_bits_set());
+  } else {
 #pragma unroll
-  for (int r = 0; r < Max; r++) {
-    if (r >= s.call.world_size || r == s.call.rank) continue;
-    store_sys(static_cast<void*>(slots.at(s, s.call.rank, r, chunk)), all_bits_set());
+    for (int r = 0; r < Max; r++) {
+      if (r >= s.call.world_size || r == s.call.rank) continue;
+      store_sys(static_cast<void*>(slot + r * part), all_bits_set());
+    }
   }
+}
+template <int Max>
+__device__ __forceinline__ void re_arm(const Session& s, const Slots& slots, uint32_t chunk) {
+  re_arm<Max>(s, slots.at(s, s.call.rank, 0, chunk), slots.part);
 }
 
 // Programmatic launch: the kernel is brought in while the one before it ends, and waits in begin().
@@ -130,10 +184,11 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// Calls f with the smallest of 2, 4, 8, 16 that holds `world_size`: registers are arrays of that many sources.
+// Calls f with the smallest of 4, 8, 16 that holds `world_size`: registers are arrays of that many sources. 2 is a
+// world of exactly 2.
 template <class F>
 void with_world(int world_size, const F& f) {
-  if (world_size <= 2) return f(Constant<2>{});
+  if (world_size == 2) return f(Constant<2>{});
   if (world_size <= 4) return f(Constant<4>{});
   if (world_size <= 8) return f(Constant<8>{});
   return f(Constant<16>{});

@@ -19,115 +19,146 @@ struct Halves {
 };
 
 __device__ __forceinline__ Halves halves_of(const SumCuda& a, const Session& s) {
-  const size_t half = a.slot_bytes / 2;
-  const size_t part = half / static_cast<unsigned>(s.call.world_size) / 128 * 128;
   const size_t begin = a.slots + s.parity() * a.slot_bytes;
-  return {{begin, part}, {begin + half, part}};
+  return {{begin, a.part}, {begin + a.slot_bytes / 2, a.part}};
 }
 
-template <class Type, bool Plain, int Max>
+// A batch is all sources of `Unroll` chunks: its loads are under way together.
+template <class Type, bool Plain, int Max, int Unroll>
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot(const __grid_constant__ SumCuda a) {
-  const Session s = begin(a.call);
-  if (!s.alive) {
-    if (!is_signal_warp()) fill<Type>(a.out, a.count);
-  } else if (is_signal_warp()) {
-    if (blockIdx.x == 0) {
-      send_headers(s);
-      await_headers(s);
-    }
-  } else {
-    const auto [partials, results] = halves_of(a, s);
-    const int world = s.call.world_size;
-    const uint32_t chunks = chunks_of<Type>(a.count);
-    const uint32_t share = (chunks + world - 1) / world;
-    const uint32_t mine = static_cast<uint32_t>(s.call.rank) * share;
-    const Workers w = workers();
-    const bool in_aligned = is_aligned(a.in), out_aligned = is_aligned(a.out);
-    for (uint32_t i = w.first; i < share; i += w.stride) {
-      for (int step = 1; step < world; step++) {
-        const int owner = s.peer(step);
+  if (is_signal_warp()) {
+    keep_protocol(begin(a.call));
+    return;
+  }
+  const int world = a.call.world_size;
+  const int me = a.call.rank;
+  const uint32_t chunks = chunks_of<Type>(a.count);
+  const uint32_t share = a.share;
+  const uint32_t mine = static_cast<uint32_t>(me) * share;
+  const Workers w = workers();
+  const bool in_aligned = is_aligned(a.in), out_aligned = is_aligned(a.out);
+  // f(u, step, owner, i, chunk) for what there is of a batch, the next rank's share first.
+  const auto each = [&](uint32_t first, const auto& f) {
+#pragma unroll
+    for (int u = 0; u < Unroll; u++) {
+#pragma unroll
+      for (int step = 1; step < Max; step++) {
+        const int owner = peer_of(a.call, step);
+        const uint32_t i = first + u * w.stride;
         const uint32_t chunk = static_cast<uint32_t>(owner) * share + i;
-        if (chunk >= chunks) continue;
-        const uint4 x = sendable<Type>(load_chunk<Type, Plain>(a.in, chunk, a.count, in_aligned));
-        store_sys(static_cast<void*>(partials.at(s, owner, s.call.rank, i)), x);
+        if (step < world && i < share && chunk < chunks) f(u, step, owner, i, chunk);
       }
     }
-    for (uint32_t i = w.first; i < share && mine + i < chunks; i += w.stride) {
-      uint4 v[Max];
-      const uint4 own = load_chunk<Type, Plain>(a.in, mine + i, a.count, in_aligned);
+  };
+  uint4 x[Unroll][Max];
+  const auto load = [&](uint32_t first) {
+    each(first, [&](int u, int step, int, uint32_t, uint32_t chunk) {
+      x[u][step] = load_chunk<Type, Plain>(a.in, chunk, a.count, in_aligned);
+    });
+  };
+  const Door door = arrive(a.call);
+  load(w.first);
+  const Session s = enter(a.call, door);
+  if (!s.alive) {
+    epoch_is_read();
+    fill<Type>(a.out, a.count);
+    return;
+  }
+  const auto [partials, results] = halves_of(a, s);
+  for (uint32_t first = w.first; first < share;) {
+    each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
+      store_sys(static_cast<void*>(partials.at(s, owner, me, i)), sendable<Type>(x[u][step]));
+    });
+    first += Unroll * w.stride;
+    load(first);
+  }
+  epoch_is_read();
+  for (uint32_t first = w.first; first < share && mine + first < chunks; first += Unroll * w.stride) {
+    uint4 own[Unroll];
+    uint4 v[Unroll][Max];
+    bool came[Unroll];
+#pragma unroll
+    for (int u = 0; u < Unroll; u++) {
+      const uint32_t i = first + u * w.stride;
+      if (i >= share || mine + i >= chunks) continue;
+      own[u] = load_chunk<Type, Plain>(a.in, mine + i, a.count, in_aligned);
+      came[u] = look(s, partials, i, v[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < Unroll; u++) {
+      const uint32_t i = first + u * w.stride;
+      if (i >= share || mine + i >= chunks) continue;
       uint4 sum = all_bits_set();
-      if (receive(s, partials, i, v)) {
-        re_arm<Max>(s, partials, i);
-        sum =
-            sum_in_rank_order<Type, Plain>(v, own, s.call.rank, world, {a.bias, a.bias_length, a.bias_start}, mine + i);
+      if (came[u] || receive(s, partials, i, v[u])) {
+        const Bias bias{a.bias, a.bias_length, a.bias_start};
+        sum = sum_in_rank_order<Type, Plain>(v[u], own[u], me, world, bias, mine + i);
         // A sum is never the sentinel: its NaN is the canonical one.
-        for (int step = 1; step < world; step++) {
-          store_sys(static_cast<void*>(results.at(s, s.peer(step), s.call.rank, i)), sum);
+#pragma unroll
+        for (int step = 1; step < Max; step++) {
+          if (step < world) store_sys(static_cast<void*>(results.at(s, s.peer(step), me, i)), sum);
         }
+        re_arm<Max>(s, partials, i);
       }
       store_chunk<Type, Plain>(a.out, mine + i, a.count, out_aligned, sum);
     }
-    for (uint32_t i = w.first; i < share; i += w.stride) {
-#pragma unroll 1
-      for (int step = 1; step < world; step++) {
-        const int owner = s.peer(step);
-        const uint32_t chunk = static_cast<uint32_t>(owner) * share + i;
-        if (chunk >= chunks) continue;
-        void* slot = results.at(s, s.call.rank, owner, i);
-        uint4 sum;
-        const auto came = [&] {
-          sum = load_sys(static_cast<const void*>(slot));
-          return is_data(sum);
-        };
-        if (wait(s, came, [&] { return 1u << owner; })) {
-          store_sys(slot, all_bits_set());
-        } else {
-          sum = all_bits_set();
-        }
-        store_chunk<Type, Plain>(a.out, chunk, a.count, out_aligned, sum);
-      }
-    }
   }
-  end(s);
+  for (uint32_t first = w.first; first < share; first += Unroll * w.stride) {
+    uint4 sum[Unroll][Max];
+    each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
+      sum[u][step] = load_sys(static_cast<const void*>(results.at(s, me, owner, i)));
+    });
+    each(first, [&](int u, int step, int owner, uint32_t i, uint32_t chunk) {
+      void* slot = results.at(s, me, owner, i);
+      const auto look_again = [&] {
+        sum[u][step] = load_sys(static_cast<const void*>(slot));
+        return is_data(sum[u][step]);
+      };
+      if (is_data(sum[u][step]) || wait(s, look_again, [&] { return 1u << owner; })) {
+        store_sys(slot, all_bits_set());
+      } else {
+        sum[u][step] = all_bits_set();
+      }
+      store_chunk<Type, Plain>(a.out, chunk, a.count, out_aligned, sum[u][step]);
+    });
+  }
 }
 
 template <class Type, int Max>
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) reduce_scatter(const __grid_constant__ ScatterCuda a) {
   const Session s = begin(a.call);
+  if (is_signal_warp()) {
+    keep_protocol(s);
+    return;
+  }
   if (!s.alive) {
-    if (!is_signal_warp()) fill<Type>(a.out, a.count);
-  } else if (is_signal_warp()) {
-    if (blockIdx.x == 0) {
-      send_headers(s);
-      await_headers(s);
-    }
-  } else {
-    const size_t part = a.slot_bytes / static_cast<unsigned>(s.call.world_size) / 128 * 128;
-    const Slots slots{a.slots + s.parity() * a.slot_bytes, part};
-    const Workers w = workers();
-    const auto part_of = [&](int r) { return static_cast<const typename Type::Storage*>(a.in) + a.part_begin[r]; };
-    for (int step = 1; step < s.call.world_size; step++) {
-      const int owner = s.peer(step);
-      const auto* x = part_of(owner);
-      const size_t count = a.part_count[owner];
-      for (uint32_t i = w.first; i < chunks_of<Type>(count); i += w.stride) {
-        const uint4 v = sendable<Type>(load_chunk<Type>(x, i, count, is_aligned(x)));
-        store_sys(static_cast<void*>(slots.at(s, owner, s.call.rank, i)), v);
-      }
-    }
-    const auto* x = part_of(s.call.rank);
-    for (uint32_t i = w.first; i < chunks_of<Type>(a.count); i += w.stride) {
-      uint4 v[Max];
-      const uint4 own = load_chunk<Type>(x, i, a.count, is_aligned(x));
-      uint4 sum = all_bits_set();
-      if (receive(s, slots, i, v)) {
-        re_arm<Max>(s, slots, i);
-        sum = sum_in_rank_order<Type, true>(v, own, s.call.rank, s.call.world_size, Bias{}, i);
-      }
-      store_chunk<Type>(a.out, i, a.count, is_aligned(a.out), sum);
+    epoch_is_read();
+    fill<Type>(a.out, a.count);
+    return;
+  }
+  const Slots slots = one_shot_slots(a, s);
+  const Workers w = workers();
+  const auto part_of = [&](int r) { return static_cast<const typename Type::Storage*>(a.in) + a.part_begin[r]; };
+  for (int step = 1; step < s.call.world_size; step++) {
+    const int owner = s.peer(step);
+    const auto* x = part_of(owner);
+    const size_t count = a.part_count[owner];
+    for (uint32_t i = w.first; i < chunks_of<Type>(count); i += w.stride) {
+      const uint4 v = sendable<Type>(load_chunk<Type>(x, i, count, is_aligned(x)));
+      store_sys(static_cast<void*>(slots.at(s, owner, s.call.rank, i)), v);
     }
   }
-  end(s);
+  epoch_is_read();
+  const auto* x = part_of(s.call.rank);
+  for (uint32_t i = w.first; i < chunks_of<Type>(a.count); i += w.stride) {
+    uint4 v[Max];
+    const uint4 own = load_chunk<Type>(x, i, a.count, is_aligned(x));
+    uint4 sum = all_bits_set();
+    if (receive(s, slots, i, v)) {
+      re_arm<Max>(s, slots, i);
+      sum = sum_in_rank_order<Type, true>(v, own, s.call.rank, s.call.world_size, Bias{}, i);
+    }
+    store_chunk<Type>(a.out, i, a.count, is_aligned(a.out), sum);
+  }
 }
 
 }  // namespace
@@ -139,8 +170,10 @@ void launch_two_shot(const SumCuda& sum, const GridCuda& grid, cudaStream_t stre
   with_type(sum.call.descriptor.dtype, [&](auto type) {
     with_world(sum.call.world_size, [&](auto max) {
       with_plain<decltype(type)>(sum, [&](auto plain) {
-        launch(&two_shot<decltype(type), decltype(plain)::value, decltype(max)::value>, sum, grid.ctas,
-               grid.threads + kWarp, stream);
+        constexpr int kMax = decltype(max)::value;
+        constexpr bool kPlain = decltype(plain)::value;
+        constexpr int kUnroll = kPlain && kMax == 2 ? 2 : 1;
+        launch(&two_shot<decltype(type), kPlain, kMax, kUnroll>, sum, grid.ctas, grid.threads + kWarp, stream);
       });
     });
   });

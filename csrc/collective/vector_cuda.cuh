@@ -129,21 +129,42 @@ __device__ __forceinline__ void store_chunk(void* out, size_t chunk, size_t coun
   }
 }
 
+// Not inlined: it runs when there is a NaN, and the hot path should fit the instruction cache.
+template <class Type>
+__device__ __noinline__ uint4 canonical_chunk(uint4 v) {
+  return make_uint4(Type::canonical(v.x), Type::canonical(v.y), Type::canonical(v.z), Type::canonical(v.w));
+}
+
 struct Bias {
   const void* data;  // [length], or nullptr
   size_t length;
   size_t start;  // index of the tensor's element 0
 };
 
-// round(v[0] + v[1] + ... + v[world - 1] (+ bias)) with `own` in the place of v[rank]; Max bounds world at compile
-// time. (Storing own into v[rank] would index registers by a variable, hence move them to local memory.)
+// round(v[0] + v[1] + ... + v[world - 1] (+ bias)) with `own` in the place of v[rank] (rank -1: in no place); Max
+// bounds world at compile time. (Storing own into v[rank] would index registers by a variable, hence move them to local
+// memory.)
 template <class Type, bool Plain, int Max>
 __device__ __forceinline__ uint4 sum_in_rank_order(const uint4 (&v)[Max], uint4 own, int rank, int world,
                                                    const Bias& bias, size_t chunk) {
   constexpr int kInWord = Type::kElements / 4;
   float sum[Type::kElements];
+  if constexpr (Max == 2) {  // a world of 2: of two numbers either order has the same bits
+    const uint4 first = rank < 0 ? v[0] : own;
+    const uint4 second = rank < 0 ? v[1] : v[0];
+    const uint32_t a[4] = {first.x, first.y, first.z, first.w};
+    const uint32_t b[4] = {second.x, second.y, second.z, second.w};
 #pragma unroll
-  for (int r = 0; r < Max; r++) {
+    for (int w = 0; w < 4; w++) {
+      float f[kInWord];
+      Type::unpack(a[w], sum + kInWord * w);
+      Type::unpack(b[w], f);
+#pragma unroll
+      for (int i = 0; i < kInWord; i++) sum[kInWord * w + i] = __fadd_rn(sum[kInWord * w + i], f[i]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < (Max == 2 ? 0 : Max); r++) {
     if (r >= world) continue;
     const bool mine = r == rank;
     const uint32_t word[4] = {mine ? own.x : v[r].x, mine ? own.y : v[r].y, mine ? own.z : v[r].z,
@@ -170,7 +191,7 @@ __device__ __forceinline__ uint4 sum_in_rank_order(const uint4 (&v)[Max], uint4 
   uint4 out = make_uint4(Type::round(sum), Type::round(sum + kInWord), Type::round(sum + 2 * kInWord),
                          Type::round(sum + 3 * kInWord));
   if (Type::has_nan(out.x) || Type::has_nan(out.y) || Type::has_nan(out.z) || Type::has_nan(out.w)) {
-    out = make_uint4(Type::canonical(out.x), Type::canonical(out.y), Type::canonical(out.z), Type::canonical(out.w));
+    out = canonical_chunk<Type>(out);
   }
   return out;
 }

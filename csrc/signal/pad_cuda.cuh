@@ -51,6 +51,9 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+__device__ __forceinline__ void fence_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 __device__ __forceinline__ uint64_t time_ns() {
   uint64_t t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
@@ -58,6 +61,12 @@ __device__ __forceinline__ uint64_t time_ns() {
 }
 
 // ---- a call ----
+
+// The next rank first: not everybody writes to rank 0 at once.
+__device__ __forceinline__ int peer_of(const CallCuda& call, int step) {
+  const int r = call.rank + step;
+  return r < call.world_size ? r : r - call.world_size;
+}
 
 struct Session {
   const CallCuda& call;
@@ -67,21 +76,57 @@ struct Session {
   __device__ PadCuda* pad(int rank) const { return reinterpret_cast<PadCuda*>(call.window[rank]); }
   __device__ PadCuda* own() const { return pad(call.rank); }
   __device__ uint32_t parity() const { return epoch & 1; }
-  // The next rank first: not everybody writes to rank 0 at once.
-  __device__ int peer(int step) const {
-    const int r = call.rank + step;
-    return r < call.world_size ? r : r - call.world_size;
-  }
+  __device__ int peer(int step) const { return peer_of(call, step); }
 };
 
-__device__ __forceinline__ Session begin(const CallCuda& call) {
+// What is made before the wait of begin() costs no time after it, because the kernel before this one still runs. But
+// the assembler moves arithmetic to behind the wait, unless an instruction before it uses the result: this one does,
+// and almost never runs.
+__device__ __forceinline__ void make_now(uint32_t bits) {
+  asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0x9E3779B9; @p nanosleep.u32 0; }" ::"r"(bits));
+}
+__device__ __forceinline__ uint32_t bits_of(const void* p) {
+  const auto bits = reinterpret_cast<uintptr_t>(p);
+  return static_cast<uint32_t>(bits) ^ static_cast<uint32_t>(bits >> 32);
+}
+
+// Parameters come from memory when first used, a line of 64 bytes at a time.
+template <class Args>
+__device__ __forceinline__ void fetch(const Args& args) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(Args); i += 64) {
+    bits ^= *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(&args) + i);
+  }
+  make_now(bits);
+}
+
+// begin() in two halves, for loads of the caller's own that need not wait for the epoch's: `arrive` waits for the
+// kernel before this one, `enter` reads the epoch.
+struct Door {
+  PadCuda* pad;
+  const uint32_t* counter;
+};
+
+__device__ __forceinline__ Door arrive(const CallCuda& call) {
+  PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
+  const Door door{pad, &pad->epoch[blockIdx.x]};
+  make_now(bits_of(door.pad) ^ bits_of(door.counter));
+  fetch(call);
   // Nothing before this touches a slot or an epoch. Then the next kernel may be brought in: it waits at its own.
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
-  const uint32_t last = load_sys(&pad->epoch[blockIdx.x]);
-  const uint32_t broken = load_sys(&pad->broken);
+  return door;
+}
+
+__device__ __forceinline__ Session enter(const CallCuda& call, const Door& door) {
+  const uint32_t last = load_sys(door.counter);
+  const uint32_t broken = load_sys(&door.pad->broken);
   return {call, last + 1, broken == 0};
+}
+
+__device__ __forceinline__ Session begin(const CallCuda& call) {
+  return enter(call, arrive(call));
 }
 
 // All threads of the CTA.
@@ -267,8 +312,7 @@ __device__ __forceinline__ bool await_headers(const Session& s) {
 // ---- the closing barrier of direct algorithms, all threads of the CTA ----
 
 __device__ __forceinline__ bool finish(const Session& s) {
-  __threadfence_system();
-  __syncthreads();
+  __syncthreads();  // the release below covers what the whole CTA wrote and read before this
   bool fine = true;
   const int step = 1 + static_cast<int>(threadIdx.x);
   if (step < s.call.world_size) {
