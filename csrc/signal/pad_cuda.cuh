@@ -1,10 +1,10 @@
 // The protocol of a call between GPUs, for kernels: the device twin of signal_cpu.h.
 //
-//   begin     waits for the previous kernel, reads this CTA's epoch
+//   begin     waits for the previous kernel, reads this CTA's epoch (arrive, then enter)
 //   headers   one warp of CTA 0: my header to every peer, every peer's header here, descriptors compared
 //   wait      bounded: data first, then a broken group, then the deadline
 //   finish    (direct algorithms) tells the peers that this CTA touches their memory no more, waits for the same
-//   end       advances the epochs
+//   end       advances the epochs (or earlier, once the whole CTA has read its own)
 //
 // Nothing traps. A wait that fails writes the device's record in host memory once, sets `broken` and returns false;
 // the caller stores NaN (all bits set) for what it could not have, and the kernel leaves. No thread skips end().

@@ -5,7 +5,8 @@
 //   done[p][s][c]             CTA c of rank s, when it no       the owner   e of an old call   release / acquire
 //                             longer touches a peer's memory
 //   proof[s]                  rank s, once, at creation         the owner   0                  a host barrier
-//   epoch[c]                  this rank's kernels, at the end   CTA c       e of the last call end of a kernel
+//   epoch[c]                  this rank's kernels, when their   CTA c       e of the last call end of a kernel
+//                             CTA c has read it
 //   broken, claimed           this rank's kernels, once         its kernels 0                  relaxed
 //   looked, left              this rank's kernels, when they    its kernels 0                  relaxed
 //                             have waited long
