@@ -20,13 +20,12 @@ struct Offsets {
 
 // All threads of the CTA. True when all headers have come and agree; then `offsets` holds everybody's.
 __device__ __forceinline__ bool meet(const Session& s, Offsets* offsets) {
+  const bool speaks = is_signal_warp() && blockIdx.x == 0;
+  if (speaks) fence_sys();  // what earlier kernels wrote here, before the header that lets peers read it
   bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between
   if (!fine) return false;
   if (is_signal_warp()) {
-    if (blockIdx.x == 0) {
-      fence_sys();  // what earlier kernels wrote here, before the header that lets peers read it
-      send_headers(s);
-    }
+    if (speaks) send_headers(s);
     fine = await_headers(s);
     for (int r = threadIdx.x & (kWarp - 1); r < s.call.world_size; r += kWarp) {
       const HeaderCuda& header = s.own()->header[s.parity()][r];

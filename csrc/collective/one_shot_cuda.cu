@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) one_shot(const __grid_
 }
 
 // Large: a thread takes `Unroll` chunks at a time and pushes the next ones before it waits for the last, so that the
-// link never idles for a round trip. No more than that: polls queue behind stores that the link has not taken yet.
+// link never idles for a round trip. Not earlier, and after a first look at the last: loads queue behind stores that
+// the link has not taken yet.
 template <class Type, bool Plain, int Max, int Unroll>
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) one_shot_stream(const __grid_constant__ SumCuda a) {
   if (is_signal_warp()) {
@@ -129,7 +130,6 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) one_shot_stream(const 
   std::byte* const slot = route.from + shift;
   for (uint32_t first = w.first; first < chunks; first += Unroll * w.stride) {
     load(first + Unroll * w.stride, next);
-    push_all(first + Unroll * w.stride, next);
     uint4 v[Unroll][Max];
     bool came[Unroll];
 #pragma unroll
@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) one_shot_stream(const 
       const uint32_t chunk = first + u * w.stride;
       if (chunk < chunks) came[u] = look(s, slot + size_t{chunk} * 16, a.part, v[u]);
     }
+    push_all(first + Unroll * w.stride, next);
 #pragma unroll
     for (int u = 0; u < Unroll; u++) {
       const uint32_t chunk = first + u * w.stride;
@@ -162,12 +163,12 @@ void launch_one_shot(const SumCuda& sum, const GridCuda& grid, cudaStream_t stre
       with_plain<Type>(sum, [&](auto plain) {
         constexpr int kMax = decltype(max)::value;
         constexpr bool kPlain = decltype(plain)::value;
-        constexpr int kUnroll = kPlain && kMax == 2 ? 4 : 1;
-        // Measured at P = 2: one chunk at a time is faster up to two chunks a thread.
+        // Measured at P = 2: one chunk at a time is faster up to 8 MB, two beyond.
+        constexpr int kUnroll = kPlain && kMax == 2 ? 2 : 1;
         const size_t threads = static_cast<size_t>(grid.ctas) * grid.threads;
         const size_t chunks = chunks_of<Type>(sum.count);
         launch(chunks <= threads       ? &one_shot<Type, kPlain, kMax>
-               : chunks <= 2 * threads ? &one_shot_stream<Type, kPlain, kMax, 1>
+               : chunks <= 8 * threads ? &one_shot_stream<Type, kPlain, kMax, 1>
                                        : &one_shot_stream<Type, kPlain, kMax, kUnroll>,
                sum, grid.ctas, grid.threads + kWarp, stream);
       });
