@@ -95,17 +95,19 @@ const Ladder& Tuning::of(OpCode op) const {
 
 Tuning Tuning::built_in(bool cuda, int world_size) {
   using enum Algorithm;
-  constexpr size_t K = 1024, M = 1024 * K;
+  constexpr size_t K = 1024;
   Tuning tuning;
   if (!cuda) {
     const size_t all_reduce_once = world_size <= 2 ? 2 * K : world_size == 3 ? 8 * K : 4 * K;
     tuning.all_reduce = {{all_reduce_once, one_shot}, {kNoEnd, two_shot_direct}};
     tuning.reduce_scatter = {{64 * K, one_shot}, {kNoEnd, two_shot_direct}};
   } else if (world_size <= 2) {
-    tuning.all_reduce = {{2 * M, one_shot}, {16 * M, two_shot}, {kNoEnd, one_shot}};
+    tuning.all_reduce = {{kNoEnd, one_shot}};
     tuning.reduce_scatter = {{kNoEnd, one_shot}};
   } else {
-    tuning.all_reduce = {{world_size <= 4 ? 128 * K : 64 * K, one_shot}, {2 * M, two_shot}, {kNoEnd, two_shot_direct}};
+    const bool few = world_size <= 4;
+    tuning.all_reduce = {
+        {few ? 128 * K : 64 * K, one_shot}, {few ? 512 * K : 256 * K, two_shot}, {kNoEnd, two_shot_direct}};
     tuning.reduce_scatter = {{kNoEnd, one_shot}};
   }
   tuning.row_parallel_linear = tuning.all_reduce;
