@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,8 @@ def make_document(args: argparse.Namespace, world: World, times: dict[str, Any])
     """The table's JSON."""
     allowed = tuning.ALGORITHMS if args.process_group else _SUMS
     device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
-    choice = tuning.derive_choice(times, tuning.noise_of(device), allowed)
+    noise = tuning.noise_of(device, shares_cores=world.size > world.cores)
+    choice = tuning.derive_choice(times, noise, allowed)
     return {
         "format": tuning.FORMAT,
         "device": device,
@@ -183,11 +184,23 @@ def make_document(args: argparse.Namespace, world: World, times: dict[str, Any])
             "machine": machine(world),
             "torch": torch.__version__,
             "what": "microseconds a call, lower quartile over rounds of the slowest rank; bytes: a rank's contribution",
-            "command": "python -m sglang_symm tune " + " ".join(args.words),
+            "command": "python -m sglang_symm tune " + " ".join(_without_output(args.words)),
         },
+        "noise": noise,
         "choice": {op: [list(step) for step in ladder] for op, ladder in choice.items()},
         "times": times,
     }
+
+
+def _without_output(words: Sequence[str]) -> list[str]:
+    """The command line but for where the table went: it says nothing about the times."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and not word.startswith(("-o", "--output")):
+            kept.append(word)
+        skip = word in ("-o", "--output")
+    return kept
 
 
 def dump(value: Any, pad: str = "") -> str:

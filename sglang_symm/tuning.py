@@ -4,12 +4,13 @@
 A table is a JSON file of one kind of device and one number of ranks:
 
     {"format": 1, "device": "NVIDIA H100 80GB HBM3", "world_size": 2, "measured": {...},
-     "choice": {"all_reduce": [[65536, "one_shot"], [null, "two_shot"]], ...},
+     "noise": 0.02, "choice": {"all_reduce": [[65536, "one_shot"], [null, "two_shot"]], ...},
      "times": {"all_reduce": {"inside": {"bfloat16": {"bytes": [...], "one_shot": [...], ...}}, "outside": ...}, ...}}
 
 ``choice`` is what groups use: for each op the algorithm up to so many bytes of a rank's contribution, the last without
-an end. ``times`` (microseconds) is what it was derived from: tensors in symmetric memory and outside of it. Where a
-tensor lies differs from rank to rank, so it cannot enter the choice; the algorithm that is bad at neither is taken.
+an end. ``times`` (microseconds) and ``noise`` are what it was derived from: tensors in symmetric memory and outside of
+it. Where a tensor lies differs from rank to rank, so it cannot enter the choice; the algorithm that is bad at neither
+is taken.
 """
 
 from __future__ import annotations
@@ -180,9 +181,11 @@ def parse(document: Any) -> Table:
 # --- from times to a choice -----------------------------------------------------------------------------------------
 
 
-def noise_of(device: str) -> float:
-    """By which part a time differs when it is measured again."""
-    return 0.1 if device == "cpu" else 0.02
+def noise_of(device: str, shares_cores: bool = False) -> float:
+    """By which part a time differs when it is measured again; ``shares_cores``: more ranks than cores."""
+    if device != "cpu":
+        return 0.02
+    return 0.2 if shares_cores else 0.1
 
 
 def derive_ladder(columns: Sequence[Columns], noise: float, allowed: Sequence[str] = ALGORITHMS[:3]) -> Ladder:

@@ -252,10 +252,10 @@ def _link_bandwidth(world: World) -> float | None:
 
 
 def commit() -> str:
-    """Of the checkout that this is, SGLANG_SYMM_COMMIT where there is none."""
+    """SGLANG_SYMM_COMMIT, where this is a copy; else of the checkout that this is."""
     folder = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("SGLANG_SYMM_COMMIT") or "not in a checkout"
+    return os.environ.get("SGLANG_SYMM_COMMIT") or done.stdout.strip() or "not in a checkout"
 
 
 def _cpu_name() -> str:

@@ -158,6 +158,8 @@ def test_tune_writes_a_table_that_a_group_reads(tmp_path: Path, capfd: pytest.Ca
     path = tmp_path / tuning.file_name("cpu", 2)
     assert json.loads(path.read_text()) == printed
     assert tuning.find("cpu", 2, str(tmp_path)).source == path.name
+    assert str(tmp_path) not in printed["measured"]["command"]
+    assert printed["measured"]["command"].endswith("--process-group")
     all_reduce = printed["times"]["all_reduce"]["outside"]["float32"]
     assert all_reduce["bytes"] == [1024, 2048, 4096]
     assert all(len(all_reduce[name]) == 3 for name in tuning.ALGORITHMS)
