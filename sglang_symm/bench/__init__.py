@@ -162,7 +162,13 @@ def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> i
     world = World(args.device, bind=args.bind)
     dtype = DTYPES[args.dtype]
     groups = {
-        algo: Group(name=f"bench-{algo}", device=world.device, algo=algo, arena_bytes=arena_bytes(world, wanted[-1]))
+        algo: Group(
+            name=f"bench-{algo}",
+            device=world.device,
+            algo=algo,
+            arena_bytes=arena_bytes(world, wanted[-1]),
+            nccl="1" if algo == "nccl" else None,
+        )
         for algo in args.algo or ["auto"]
     }
     runners: list[Peer] = [Symm(group, algo, inside) for inside in (True, False) for algo, group in groups.items()]
