@@ -1,5 +1,6 @@
 #include "collective/communicator_nccl.h"
 
+#include <algorithm>
 #include <chrono>
 #include <future>
 
@@ -28,6 +29,7 @@ CommunicatorNccl::CommunicatorNccl(const Members& members, const nccl::UniqueId&
     const int result = nccl_.comm_init_rank_config(&comm_, members_.world_size, id, members_.rank, &config);
     settle(result, "the creation of its NCCL communicator", deadline);
   } catch (...) {
+    signal_.fail_call(AbortKind::refused, Descriptor{}, 0, 0);  // the others wait for this rank
     abort(/*wait=*/true);
     if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
     (void)cudaFreeHost(words_);
@@ -111,7 +113,7 @@ void CommunicatorNccl::call(const Descriptor& descriptor, bool captured,
   try {
     settle(enqueue(comm_), what, Deadline(signal_.deadlines().first_seconds));
   } catch (const Error&) {
-    signal_.fail_call(AbortKind::refused, descriptor, words_->begun, 0);
+    signal_.fail_call(AbortKind::refused, descriptor, std::max(words_->begun, 1u), 0);
     throw;
   }
 }

@@ -261,8 +261,10 @@ std::string SignalCpu::describe(const AbortRecord& found) const {
                  found.seconds, " s on rank ", found.reporter,
                  ", though every rank had begun the call. Is a rank stopped or stuck?", tail);
     case AbortKind::refused:
-      return cat(head, "NCCL failed on rank ", found.reporter, " after call ", found.epoch, ", ",
-                 to_string(found.expected), "; that rank's exception says why, NCCL_DEBUG=WARN more", tail);
+      return cat(head, "NCCL failed on rank ", found.reporter,
+                 found.epoch == 0 ? " when its communicator was made" : "",
+                 found.epoch == 0 ? "" : cat(" after call ", found.epoch, ", ", to_string(found.expected)),
+                 "; that rank's exception says why, NCCL_DEBUG=WARN more", tail);
     default:
       return cat(
           head, "rank(s) ", who, " did not arrive within ", found.seconds, " s in call ", found.epoch, ", ",

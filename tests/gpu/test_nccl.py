@@ -6,8 +6,11 @@ Skipped where NCCL cannot be had (ranks that share a GPU); tests/unit/test_nccl.
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from sglang_symm.distributed.group import Group
 from tests.distributed_cases import gather_objects, inputs, ordered_sum, raised, same_bits
 
 LIMIT = 2.0
+SCRIPT = Path(__file__).with_name("kill_a_peer_nccl.py")
 OTHER = [torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool]
 OPS = {
     "sum": lambda a, b: a | b if a.dtype == torch.bool else a + b,
@@ -193,6 +197,14 @@ def test_ranks_that_disagree_are_told(make, rank, size):
     said = sentence(group.check)
     assert "ranks disagree in call" in said
     assert len(set(gather_objects(said))) == 1
+
+
+def test_a_survivor_of_a_peer_killed_under_nccls_kernels_raises_within_a_second(rank):
+    output = ""
+    if rank == 0:
+        done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=90)
+        output = done.stdout + done.stderr if done.returncode else "PASS"
+    assert gather_objects(output)[0] == "PASS"
 
 
 def test_destroy_and_create_again(make, size):
