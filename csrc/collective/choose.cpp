@@ -111,7 +111,7 @@ Tuning Tuning::built_in(bool cuda, int world_size) {
     tuning.reduce_scatter = {{kNoEnd, one_shot}};
   }
   tuning.row_parallel_linear = tuning.all_reduce;
-  tuning.all_gather = {{cuda ? 32 * K : 64 * K, one_shot}, {kNoEnd, two_shot_direct}};
+  tuning.all_gather = {{cuda && world_size <= 4 ? 128 * K : 64 * K, one_shot}, {kNoEnd, two_shot_direct}};
   tuning.broadcast = tuning.all_gather;
   return tuning;
 }
