@@ -182,11 +182,13 @@ def main() -> None:
     for group in groups.values():
         group.check()
     if rank == 0 and args.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = os.environ.get("SGLANG_SYMM_COMMIT")  # of a tree that is no repository
+        if commit is None:
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         report = {
             "what": "all_reduce, bf16, microseconds a call",
             "date": time.strftime("%Y-%m-%d"),
-            "commit": commit or os.environ.get("SGLANG_SYMM_COMMIT", ""),
+            "commit": commit,
             "device": torch.cuda.get_device_name(),
             "ranks": size,
             "gpus": torch.cuda.device_count(),

@@ -105,9 +105,8 @@ Tuning Tuning::built_in(bool cuda, int world_size) {
     tuning.all_reduce = {{kNoEnd, one_shot}};
     tuning.reduce_scatter = {{kNoEnd, one_shot}};
   } else {
-    const bool few = world_size <= 4;
     tuning.all_reduce = {
-        {few ? 128 * K : 64 * K, one_shot}, {few ? 512 * K : 256 * K, two_shot}, {kNoEnd, two_shot_direct}};
+        {128 * K, one_shot}, {world_size <= 4 ? 512 * K : 256 * K, two_shot}, {kNoEnd, two_shot_direct}};
     tuning.reduce_scatter = {{kNoEnd, one_shot}};
   }
   tuning.row_parallel_linear = tuning.all_reduce;

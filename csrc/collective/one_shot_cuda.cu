@@ -58,10 +58,10 @@ __device__ __forceinline__ void reduce(const SumCuda& a, const Session& s, uint3
     store_chunk<Type, Plain>(a.out, chunk, a.count, is_aligned(a.out), all_bits_set());
     return;
   }
-  re_arm<Max>(s, from, a.part);
   const Bias bias{a.bias, a.bias_length, a.bias_start};
   const uint4 sum = sum_in_rank_order<Type, Plain>(v, own, s.call.rank, s.call.world_size, bias, chunk);
   store_chunk<Type, Plain>(a.out, chunk, a.count, is_aligned(a.out), sum);
+  re_arm<Max>(s, from, a.part);  // after the result: 0.1 us sooner
 }
 
 // Small: one chunk a thread. All addresses are made before the kernel before this one has ended, and x and the epoch

@@ -37,46 +37,47 @@ __device__ __forceinline__ void store_unit(std::byte* to, size_t unit, size_t by
 }
 
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) copy_small(const __grid_constant__ CopyCuda a) {
-  const Session s = begin(a.call);
   if (is_signal_warp()) {
-    if (blockIdx.x == 0 && s.alive) {
-      send_headers(s);
-      await_headers(s);
-    }
-  } else {
-    const int me = s.call.rank;
-    const auto slot = [&](int rank, int source, uint32_t unit) {
-      const size_t part = 2 * a.small_bytes;
-      const size_t parity = s.parity() * static_cast<size_t>(s.call.world_size) * part;
-      return s.call.window[rank] + a.small + parity + static_cast<size_t>(source) * part + size_t{unit} * 16;
-    };
-    const auto units_of = [&](int r) { return static_cast<uint32_t>((a.bytes[r] + 7) / 8); };
-    std::byte* out = static_cast<std::byte*>(a.out);
-    const Workers w = workers();
-    for (uint32_t i = w.first; i < units_of(me); i += w.stride) {
-      const uint2 v = load_unit(static_cast<const std::byte*>(a.in), i, a.bytes[me]);
-      if (s.alive) {
-        for (int step = 1; step < s.call.world_size; step++) {
-          store_sys(static_cast<void*>(slot(s.peer(step), me, i)), make_uint4(v.x, s.epoch, v.y, s.epoch));
-        }
+    keep_protocol(begin(a.call));
+    return;
+  }
+  const int me = a.call.rank;
+  const auto units_of = [&](int r) { return static_cast<uint32_t>((a.bytes[r] + 7) / 8); };
+  const auto load = [&](uint32_t i) { return load_unit(static_cast<const std::byte*>(a.in), i, a.bytes[me]); };
+  std::byte* out = static_cast<std::byte*>(a.out);
+  const Workers w = workers();
+  const Door door = arrive(a.call);
+  uint2 v{};
+  if (w.first < units_of(me)) v = load(w.first);  // while the epoch comes
+  const Session s = enter(a.call, door);
+  const auto slot = [&](int rank, int source, uint32_t unit) {
+    const size_t part = 2 * a.small_bytes;
+    const size_t parity = s.parity() * static_cast<size_t>(s.call.world_size) * part;
+    return s.call.window[rank] + a.small + parity + static_cast<size_t>(source) * part + size_t{unit} * 16;
+  };
+  for (uint32_t i = w.first; i < units_of(me); i += w.stride) {
+    if (i != w.first) v = load(i);
+    if (s.alive) {
+      for (int step = 1; step < s.call.world_size; step++) {
+        store_sys(static_cast<void*>(slot(s.peer(step), me, i)), make_uint4(v.x, s.epoch, v.y, s.epoch));
       }
-      if (!a.in_place) store_unit(out + a.begin[me], i, a.bytes[me], v);
     }
-    for (int step = 1; step < s.call.world_size; step++) {
-      const int peer = s.peer(step);
-      for (uint32_t i = w.first; i < units_of(peer); i += w.stride) {
-        const void* from = slot(me, peer, i);
-        uint4 got = all_bits_set();
-        const auto came = [&] {
-          got = load_sys(from);
-          return got.y == s.epoch && got.w == s.epoch;
-        };
-        if (!s.alive || !wait(s, came, [&] { return 1u << peer; })) got = all_bits_set();
-        store_unit(out + a.begin[peer], i, a.bytes[peer], make_uint2(got.x, got.z));
-      }
+    if (!a.in_place) store_unit(out + a.begin[me], i, a.bytes[me], v);
+  }
+  epoch_is_read();
+  for (int step = 1; step < s.call.world_size; step++) {
+    const int peer = s.peer(step);
+    for (uint32_t i = w.first; i < units_of(peer); i += w.stride) {
+      const void* from = slot(me, peer, i);
+      uint4 got = all_bits_set();
+      const auto came = [&] {
+        got = load_sys(from);
+        return got.y == s.epoch && got.w == s.epoch;
+      };
+      if (!s.alive || !wait(s, came, [&] { return 1u << peer; })) got = all_bits_set();
+      store_unit(out + a.begin[peer], i, a.bytes[peer], make_uint2(got.x, got.z));
     }
   }
-  end(s);
 }
 
 __global__ void __launch_bounds__(kWarp) headers(const __grid_constant__ CallCuda call) {
