@@ -1,6 +1,7 @@
-"""The row-parallel linear of few tokens on GPUs, beside cuBLAS alone and cuBLAS followed by an all-reduce, in one run.
+"""The row-parallel linear on GPUs, beside cuBLAS alone and cuBLAS followed by an all-reduce, in one run.
 
-    torchrun --nproc-per-node 2 benchmarks/row_parallel_linear.py [--json FILE] [--shapes 8192x4096 8192x14336]
+    torchrun --nproc-per-node 2 benchmarks/row_parallel_linear.py [--json FILE] [--plot FILE]
+        [--shapes 8192x4096 8192x14336] [--tokens 1 16 64 256 2048]
 
 Microseconds of one op y[M, N] = sum over ranks of x[M, K] @ w[N, K]^T, bf16, in a CUDA graph of `ops` ops whose weights
 rotate over 4 copies, so that L2 flatters nobody: the median over repeats of the slowest rank, and the quartiles.
@@ -11,8 +12,10 @@ rotate over 4 copies, so that L2 flatters nobody: the median over repeats of the
     torch_two_shot   the same with its two-shot
     all_reduce_      torch.mm into symmetric memory, then this library's all-reduce in place
     fused            row_parallel_linear
+    fused_plain      the same without programmatic launch: each kernel starts when the one before has ended
     fused_static     the same with static_weight: the weights are fetched while the op before ends
-    limit            the bytes of w, x and y over --bandwidth (GB/s of a GPU's memory)
+    limit            the longest of: bytes of w, x and y over --bandwidth (of a GPU's memory), multiplications over
+                     --tflops, the bytes that a rank must send over --link; each as measured, or as the vendor says
 """
 
 from __future__ import annotations
@@ -119,6 +122,13 @@ def make_ops(m: int, n: int, k: int, group: Group, buffer: torch.Tensor | None, 
             torch.ops.symm_mem.two_shot_all_reduce_(theirs, "sum", world)
 
         ops.update(torch_one_shot=one_shot, torch_two_shot=two_shot)
+
+    def plain(i: int) -> None:
+        os.environ["SGLANG_SYMM_PROGRAMMATIC_LAUNCH"] = "0"
+        linear(xs[i], ws[i], None, name)
+        del os.environ["SGLANG_SYMM_PROGRAMMATIC_LAUNCH"]
+
+    ops["fused_plain"] = plain
     ops["fused"] = lambda i: linear(xs[i], ws[i], None, name)
     ops["fused_static"] = lambda i: linear(xs[i], ws[i], None, name, True, True)
     return ops
@@ -130,6 +140,7 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
     found = {
         "static/gemm": static / row["gemm"]["median"],
         "fused/gemm": plain / row["gemm"]["median"],
+        "plain/gemm": row["fused_plain"]["median"] / row["gemm"]["median"],
         "static/all_reduce_": static / row["all_reduce_"]["median"],
     }
     peers = [row[p]["median"] for p in PEERS if p in row]
@@ -138,12 +149,66 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
     return {label: round(value, 3) for label, value in found.items()}
 
 
+def limit(m: int, n: int, k: int, size: int, args: argparse.Namespace) -> float:
+    """Microseconds that no implementation can beat on this hardware."""
+    memory = 2 * (n * k + m * k + m * n) / args.bandwidth / 1e3
+    products = 2 * m * n * k / args.tflops / 1e6
+    link = 2 * m * n * 2 * (size - 1) / size / args.link / 1e3
+    return round(max(memory, products, link), 2)
+
+
+def plot(results: list[dict[str, Any]], path: str, title: str) -> None:
+    """Each way's time over the GEMM's alone, by the number of tokens; a panel a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = sorted({(row["n"], row["k"]) for row in results})
+    figure, panels = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 4.2), squeeze=False, layout="constrained")
+    for panel, (n, k) in zip(panels[0], shapes, strict=True):
+        rows = sorted((row for row in results if (row["n"], row["k"]) == (n, k)), key=lambda row: row["m"])
+        for label in (
+            "nccl",
+            "torch_one_shot",
+            "torch_two_shot",
+            "all_reduce_",
+            "fused_plain",
+            "fused",
+            "fused_static",
+        ):
+            some = [row for row in rows if label in row]
+            ours = label.startswith("fused")
+            panel.plot(
+                [row["m"] for row in some],
+                [row[label]["median"] / row["gemm"]["median"] for row in some],
+                marker="o" if ours else "x",
+                linewidth=2 if ours else 1,
+                label=label,
+            )
+        panel.plot(
+            [row["m"] for row in rows],
+            [row["limit"] / row["gemm"]["median"] for row in rows],
+            color="black",
+            linestyle=":",
+            label="limit",
+        )
+        panel.axhline(1, color="gray", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("tokens")
+        panel.set_title(f"N={n}, K={k} a rank")
+    panels[0][0].set_ylabel("time / GEMM alone (torch.mm)")
+    panels[0][0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
 def report(args: argparse.Namespace, size: int, results: list[dict[str, Any]]) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "what": "row_parallel_linear, bf16, microseconds an op in a CUDA graph",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit or os.environ.get("SGLANG_SYMM_COMMIT", ""),
+        "commit": os.environ.get("SGLANG_SYMM_COMMIT", "") or commit,
         "device": torch.cuda.get_device_name(),
         "ranks": size,
         "gpus": torch.cuda.device_count(),
@@ -161,8 +226,11 @@ def main() -> None:
     parser.add_argument("--ops", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--shapes", nargs="*", default=["8192x4096", "8192x14336"], help="NxK of a rank")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64])
-    parser.add_argument("--bandwidth", type=float, default=2930.0, help="GB/s, for `limit`")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 2048])
+    parser.add_argument("--plot", help="PNG file")
+    parser.add_argument("--bandwidth", type=float, default=2930.0, help="GB/s of memory, for `limit`")
+    parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
+    parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16, for `limit`")
     args = parser.parse_args()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -180,8 +248,7 @@ def main() -> None:
     results = []
     for n, k in shapes:
         for m in args.tokens:
-            bytes_ = 2 * (n * k + m * k + m * n)
-            row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": round(bytes_ / args.bandwidth / 1e3, 2)}
+            row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": limit(m, n, k, size, args)}
             fused_before = group.info()["fused_calls"]
             for label, op in make_ops(m, n, k, group, buffer, not shared).items():
                 row[label] = summary(bench.time(op))
@@ -192,11 +259,13 @@ def main() -> None:
                 figures = "  ".join(
                     f"{k} {v['median']:.1f}" for k, v in row.items() if isinstance(v, dict) and "q1" in v
                 )
-                print(f"N {n:>5} K {k:>5} M {m:>2}  limit {row['limit']:.1f}  {figures}  {row['ratios']}", flush=True)
+                print(f"N {n:>5} K {k:>5} M {m:>4}  limit {row['limit']:.1f}  {figures}  {row['ratios']}", flush=True)
     group.check()
     if rank == 0 and args.json:
         with open(args.json, "w") as file:
             json.dump(report(args, size, results), file, indent=1)
+    if rank == 0 and args.plot:
+        plot(results, args.plot, f"{size} ranks, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, bf16")
     dist.barrier()
     group.destroy()
     dist.destroy_process_group()

@@ -43,6 +43,8 @@ IN_A_ROW = COLLECTIVES + "'calls_in_a_row and {}'"
 FAILURES = "tests/gpu/test_failures.py -k "
 FUSED_TEST = "tests/gpu/test_fused.py -k "
 NORM_TEST = "tests/gpu/test_norm.py -k 'composition and bfloat16 and 576'"
+PREFILL = "fused/prefill_sm90.cu"
+MANY_TOKENS = "tests/gpu/test_fused_prefill.py -k 'every_number and bfloat16'"
 TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
 
 # Where rank 1 is slow, in every fourth call: after it has sent its data, before it takes those of others.
@@ -258,6 +260,22 @@ MUTANTS = [
         TOKENS,
         (FUSED,),
         ranks=4,
+    ),
+    CudaMutant(
+        "prefill: flags of partials are not re-armed",
+        "fused/prefill_sm90.cuh",
+        "if (waits) store_sys(flag, kSentinel);",
+        "(void)0;",
+        MANY_TOKENS,
+        (PREFILL,),
+    ),
+    CudaMutant(
+        "prefill, one-shot: slots are not re-armed",
+        "fused/prefill_sm90.cuh",
+        "if (comes(c + b)) store_slot(slot(s.call.rank, r, c + b), all_bits_set());",
+        "(void)0;",
+        MANY_TOKENS,
+        (PREFILL,),
     ),
 ]
 # What must pass: the library as it is, and a slow rank 1.

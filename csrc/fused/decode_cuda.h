@@ -7,22 +7,18 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "fused/gemm_config.h"
+#include "fused/launch_cuda.h"
 #include "signal/pad_cuda.h"
 
 namespace sglang_symm {
-
-// A row-major matrix of 16-bit elements as the copy engine takes it: address and stride are multiples of 16 bytes.
-struct MatrixCuda {
-  const void* data;
-  int64_t rows, columns;
-  int64_t row_stride;  // elements
-};
 
 struct DecodeCuda {
   CallCuda call;     // the descriptor's dtype is bfloat16 or float16
   void* y;           // [m, n], contiguous, 16-byte aligned
   const void* bias;  // [n], or nullptr
+  // This rank's product [m, n], where the copy engine does not take its operands; else nullptr. Its peers' may be
+  // computed here all the same: how a rank's tensors lie, and whether its k is a multiple of 8, is its own affair.
+  const void* partial;
   int m, n;
   int k_steps;  // stages of columns
   int stages;
@@ -34,8 +30,8 @@ struct DecodeCuda {
   size_t slot_bytes;
 };
 
-// Puts the kernel into the stream. x [m, k], weight [n, k]; `args` without k_steps, stages, tiles and two_shot, which
-// `config` gives.
+// Puts the kernel into the stream. x [m, k], weight [n, k] (any two matrices with a partial); `args` without k_steps,
+// stages, tiles and two_shot, which `config` gives.
 void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                    cudaStream_t stream);
 

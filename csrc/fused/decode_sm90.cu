@@ -1,6 +1,5 @@
 // The instances of the decode kernel, one for each row of the table in gemm_config.cpp and each dtype, and their
 // launch.
-#include "base/driver_cuda.h"
 #include "fused/decode_sm90.cuh"
 
 namespace sglang_symm {
@@ -30,22 +29,6 @@ Kernel find_kernel(const GemmConfig& c, int* threads) {
   return found;
 }
 
-// Made for every call: an address that is freed and used again can never meet an old map.
-CUtensorMap map_of(const MatrixCuda& m, DType dtype, int box_rows) {
-  CUtensorMap map;
-  const CUtensorMapDataType type =
-      dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.row_stride) * 2};
-  const cuuint32_t box[2] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  check_driver(driver().tensor_map_encode_tiled(&map, type, 2, const_cast<void*>(m.data), sizes, strides, box, steps,
-                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-               "cuTensorMapEncodeTiled");
-  return map;
-}
-
 }  // namespace
 
 void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& x, const MatrixCuda& weight,
@@ -64,9 +47,7 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shared)),
              "cudaFuncSetAttribute of a fused kernel's shared memory");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = programmatic_launch();
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(static_cast<unsigned>(threads));

@@ -20,25 +20,6 @@ namespace sglang_symm::device {
 
 constexpr int kMaxStages = 8;
 
-struct Ring {
-  uint32_t memory;  // aligned to 1024 bytes, the period of the swizzle
-  uint64_t* full;
-  uint64_t* empty;
-  int stages;
-};
-
-// Where a walk over a ring is: the stage, and the parity of the barriers' current round.
-struct Position {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // The tiles of a CTA: blockIdx.x, blockIdx.x + gridDim.x, ...
 __device__ __forceinline__ int tile_of(int i) {
   return static_cast<int>(blockIdx.x + i * gridDim.x);
@@ -127,6 +108,23 @@ __device__ __forceinline__ void multiply(const DecodeCuda& a, const Ring& ring, 
   }
 }
 
+// The same of a product that the library has made.
+template <class T>
+__device__ __forceinline__ void load_product(const DecodeCuda& a, int tile, int warp, int lane,
+                                             float (&d)[T::kHalves][T::kTileM / 2]) {
+  const auto* partial = static_cast<const typename T::Type::Storage*>(a.partial);
+#pragma unroll
+  for (int half = 0; half < T::kHalves; half++) {
+#pragma unroll
+    for (int i = 0; i < T::kTileM / 2; i++) {
+      const int n = tile * T::kTileN + 64 * half + 16 * warp + 8 * (i >> 1 & 1) + (lane >> 2);
+      const int token = 8 * (i >> 2) + 2 * (lane & 3) + (i & 1);
+      const bool some = token < a.m && n < a.n;
+      d[half][i] = some ? T::Type::load(partial[static_cast<size_t>(token) * a.n + n]) : 0.0f;
+    }
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     decode(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
@@ -136,7 +134,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   __shared__ volatile uint32_t done[T::kMathWarps];
   const Ring ring{(shared_address(memory) + 1023) & ~1023u, full, empty, a.stages};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x & (kWarp - 1);
-  const int tiles = tiles_of_cta(a.tiles), total = tiles * a.k_steps;
+  const int tiles = tiles_of_cta(a.tiles), total = a.partial == nullptr ? tiles * a.k_steps : 0;
   const Producer<T> producer{a, &weight_map, &token_map, ring, total, min(total, a.stages)};
   const bool produces = warp == T::kProducer && lane == 0;
 
@@ -171,7 +169,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     Position at;
     for (int i = 0; i < tiles; i++) {
       float d[T::kHalves][T::kTileM / 2];
-      multiply<T>(a, ring, lane, &at, d);
+      if (a.partial == nullptr) {
+        multiply<T>(a, ring, lane, &at, d);
+      } else {
+        load_product<T>(a, tile_of(i), warp, lane, d);
+      }
       if (s.alive) push_tile<T>(a, s, tile_of(i), warp, lane, d);
       __syncwarp();
       if (lane == 0) done[warp] = i + 1;

@@ -1,6 +1,7 @@
 #include "fused/gemm_config.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/error.h"
 
@@ -29,19 +30,63 @@ constexpr Row kDecode[] = {
     {8, 64, 128, 64, 1, 6, 8, true, kAny},  //
 };
 
+// What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 192
+// tokens, because tiles hold 256; 257 to 900, where tiles of 256 rows leave SMs idle and those of 128 are slower by
+// product.
+struct PrefillRow {
+  int min_world, max_world;
+  int max_m;
+  int tile_n, stages;
+  bool one_shot;
+  // Tiles over pairs of SMs. Fewer: nothing to hide under (two-shot), or the library, which cuts k, is faster. More:
+  // one-shot hides nothing.
+  double least_waves, most_waves;
+  double least_full;  // tokens over those that the tiles hold
+};
+constexpr double kLeastBusy = 0.84;  // of the waves' SMs: else the last wave costs what the fusion gains
+constexpr PrefillRow kPrefill[] = {
+    {2, 2, 256, 128, 6, true, 0.84, 1.0, 0.75},
+    {3, 4, 256, 128, 6, false, 1.85, kAny, 0.75},
+    {2, 2, kAny, 256, 3, false, 1.85, kAny, 0.9},
+};
+
+constexpr int64_t kLongest = int64_t{1} << 30;  // coordinates are 32-bit
+
+int over(int64_t a, int64_t b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
 }  // namespace
 
 std::optional<GemmConfig> choose_decode(const GemmShape& s) {
-  constexpr int64_t kLongest = int64_t{1} << 30;  // coordinates are 32-bit
   if (s.world_size != 2 && s.world_size != 4 && s.world_size != 8) return std::nullopt;
-  if (s.m < 1 || s.m > kMaxDecodeTokens || s.n < 8 || s.k < 8 || s.n > kLongest || s.k > kLongest) return std::nullopt;
-  if (s.n % 8 != 0 || s.k % 8 != 0 || s.sms < 1) return std::nullopt;
+  if (s.m < 1 || s.m > kMaxDecodeTokens || s.n < 8 || s.n > kLongest || s.n % 8 != 0 || s.sms < 1) return std::nullopt;
   for (const Row& row : kDecode) {
     if (s.world_size > row.max_world || s.m > row.max_m) continue;
     const int tiles = static_cast<int>((s.n + row.tile_n - 1) / row.tile_n);
     if (int64_t{tiles} * row.least_busy < s.sms) return std::nullopt;
     return GemmConfig{row.tile_n,    row.tile_m,  row.boxes, row.stages, row.reducers, tiles, std::min(tiles, s.sms),
                       row.max_world, row.two_shot};
+  }
+  return std::nullopt;
+}
+
+std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
+  if (s.world_size < 2 || s.m <= kMaxDecodeTokens || s.n < 8 || s.n % 8 != 0 || s.sms < 2) return std::nullopt;
+  if (s.m > kLongest || s.n > kLongest) return std::nullopt;
+  for (const PrefillRow& row : kPrefill) {
+    PrefillConfig c{};
+    c.tile_n = row.tile_n;
+    c.stages = row.stages;
+    c.one_shot = row.one_shot;
+    c.ctas = s.sms / 2 * 2;
+    const int pairs = c.ctas / 2;
+    c = with_tokens(c, s.m, s.n, s.world_size);
+    const double waves = static_cast<double>(c.tiles_m) * c.tiles_n / pairs;
+    if (s.world_size < row.min_world || s.world_size > row.max_world || s.m > row.max_m) continue;
+    if (static_cast<double>(s.m) < row.least_full * c.tiles_m * kPrefillTokens) continue;
+    if (waves < row.least_waves || waves > row.most_waves || waves < kLeastBusy * std::ceil(waves)) continue;
+    return c;
   }
   return std::nullopt;
 }
@@ -56,6 +101,47 @@ size_t slot_bytes(const GemmConfig& c, int world_size) {
 size_t shared_bytes(const GemmConfig& c) {
   constexpr int kRow = 128, kAlignment = 1024;  // of the swizzle
   return static_cast<size_t>(c.stages * c.boxes * kRow * (c.tile_n + c.tile_m) + kAlignment);
+}
+
+size_t slot_bytes(const PrefillConfig& c, int world_size) {
+  const size_t world = static_cast<size_t>(world_size);
+  if (!c.one_shot) return world * static_cast<size_t>(c.share) * 2 * sizeof(uint32_t);
+  return world * static_cast<size_t>(c.tiles_m * c.tiles_n) * static_cast<size_t>(kPrefillTokens * c.tile_n) * 2;
+}
+
+PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size) {
+  c.tiles_m = over(m, kPrefillTokens);
+  c.tiles_n = over(n, c.tile_n);
+  c.share = over(int64_t{c.tiles_m} * c.tiles_n, world_size);
+  c.ctas = std::min(c.ctas, 2 * c.tiles_m * c.tiles_n);
+  return c;
+}
+
+size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int world_size) {
+  if (config.one_shot) return 0;
+  const PrefillConfig c = with_tokens(config, m, n, world_size);
+  const int64_t partials = int64_t{world_size - 1} * c.share * kPrefillTokens * c.tile_n * 2;
+  return static_cast<size_t>(std::max(partials, m * n * 2));
+}
+
+int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t have) {
+  for (int64_t rounds = 1;; rounds++) {
+    const int64_t tokens = int64_t{over(over(m, rounds), kPrefillTokens)} * kPrefillTokens;
+    if (rounds > 1 && tokens < kLeastRound) return 0;
+    const int64_t count = std::min(tokens, m);
+    if (staging_bytes(config, count, n, world_size) <= have) return count;
+  }
+}
+
+size_t shared_bytes(const PrefillConfig& c) {
+  constexpr int kTokens = kPrefillTokens / 2, kRow = 2 * kBoxColumns, kAlignment = 1024;
+  const int stages = c.stages * (kTokens + c.tile_n) * kRow, staging = c.one_shot ? 0 : kTokens * c.tile_n * 2;
+  return static_cast<size_t>(stages + staging + kAlignment);
+}
+
+std::string to_string(const PrefillConfig& c) {
+  return cat(kPrefillTokens, "x", c.tile_n, " tiles, ", c.tiles_m, " x ", c.tiles_n, " in ", c.ctas, " CTAs, ",
+             c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot");
 }
 
 std::string to_string(const GemmConfig& c) {

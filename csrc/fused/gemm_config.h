@@ -11,10 +11,10 @@
 
 namespace sglang_symm {
 
+// Without k: ranks' parts may differ, and whether a call is fused is for all of them to know alike.
 struct GemmShape {
   int64_t m;  // tokens
   int64_t n;  // rows of the weight
-  int64_t k;  // columns of this rank's part
   int world_size;
   int sms;  // that the rank may fill
 };
@@ -35,15 +35,45 @@ struct GemmConfig {
 constexpr int kBoxColumns = 64;  // 128 bytes, the width of a swizzled row
 constexpr int kMaxDecodeTokens = 64;
 
+// Many tokens. A tile is 256 tokens x tile_n rows of the weight, by two CTAs on neighbouring SMs.
+struct PrefillConfig {
+  int tile_n;            // rows of the weight a tile
+  int stages;            // of 64 columns in shared memory
+  int tiles_m, tiles_n;  // tiles along the tokens, along the weight
+  int share;             // tiles that a rank owns: tile t is of rank t / share
+  int ctas;
+  bool one_shot;  // every rank sums all tiles; else their owners alone, which send the sums
+  friend bool operator==(const PrefillConfig&, const PrefillConfig&) = default;
+};
+
+constexpr int kPrefillTokens = 256;  // a tile
+
 // Nothing when the decode kernel does not take this shape. tile_n, tile_m and tiles say where a partial lies in a slot,
 // so they depend on nothing but m, n and world_size, which all ranks know to be equal; the rest is a rank's own.
 std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 
+// Nothing when the library's GEMM and an all-reduce are faster, or the shape is not the kernel's. Everything but stages
+// and ctas follows from m, n and world_size.
+std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
+
+// The same tiles for another number of tokens.
+PrefillConfig with_tokens(PrefillConfig config, int64_t m, int64_t n, int world_size);
+// A call whose result outgrows staging memory goes in rounds of at least this many tokens.
+constexpr int64_t kLeastRound = 1024;
+// Tokens of each round but the last; 0 when staging memory is too small for rounds.
+int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t staging_bytes);
+// Of staging memory, twice: for the partials that an owner receives, and for a y that lies outside of the arena.
+size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int world_size);
+
 // Bytes of slots a parity: every source's whole result, and the sums that owners push (two_shot).
 size_t slot_bytes(const GemmConfig& config, int world_size);
+size_t slot_bytes(const PrefillConfig& config, int world_size);  // data (one_shot), or flags
 // Dynamic shared memory a CTA.
 size_t shared_bytes(const GemmConfig& config);
+size_t shared_bytes(const PrefillConfig& config);
 // "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"
 std::string to_string(const GemmConfig& config);
+// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"
+std::string to_string(const PrefillConfig& config);
 
 }  // namespace sglang_symm

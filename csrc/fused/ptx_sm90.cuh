@@ -9,6 +9,7 @@
 namespace sglang_symm::device {
 
 // How long L2 keeps a line: weights are read once, tokens and slots soon again.
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
@@ -40,6 +41,26 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+// ---- clusters ----
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Arrives at the barrier of the same name in a CTA of the cluster. With the scope of a CTA: nothing but reads goes
+// before, and a release to the cluster would be a fence of the whole GPU (3 times the time of a step of k).
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t cta) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(cta)
+      : "memory");
+}
+
 // ---- TMA ----
 
 // A box of the tensor that starts at (column, row), to shared memory; the barrier counts its bytes. What lies outside
@@ -52,8 +73,65 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
+// The same to every CTA of the cluster in `ctas`, at the same place of each, counted by the barrier of each.
+__device__ __forceinline__ void load_box_to_all(uint32_t to, const CUtensorMap* map, int column, int row,
+                                                uint64_t* barrier, uint16_t ctas, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(ctas), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Bytes of shared memory to any GPU's memory, by the copy engine. What threads stored must pass fence_for_copies first.
+__device__ __forceinline__ void fence_for_copies() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+__device__ __forceinline__ void copy_out(void* to, uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// The other way; the barrier counts the bytes.
+__device__ __forceinline__ void copy_in(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// This thread's copies have read their source; have arrived.
+__device__ __forceinline__ void copies_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void copies_arrived() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// ---- shared memory ----
+
+__device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+// A counter that a warp raises for other warps of its CTA: what it did before is seen by who sees the counter.
+__device__ __forceinline__ void raise(uint32_t* counter, uint32_t to) {
+  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(counter)), "r"(to) : "memory");
+}
+__device__ __forceinline__ uint32_t raised(const uint32_t* counter) {
+  uint32_t v;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(counter)) : "memory");
+  return v;
 }
 
 // ---- slots ----
@@ -83,6 +161,10 @@ __device__ __forceinline__ void wgmma_commit() {
 __device__ __forceinline__ void wgmma_wait_all() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
+// All but the last committed group.
+__device__ __forceinline__ void wgmma_wait_previous() {
+  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
 
 // An operand in shared memory: rows of 128 bytes, swizzled by TMA, the reduced dimension along the row.
 __device__ __forceinline__ uint64_t operand(uint32_t address) {
@@ -98,30 +180,79 @@ struct Wgmma;
 #define SGLANG_SYMM_D8(n)                                                                                     \
   "+f"(d[n]), "+f"(d[n + 1]), "+f"(d[n + 2]), "+f"(d[n + 3]), "+f"(d[n + 4]), "+f"(d[n + 5]), "+f"(d[n + 6]), \
       "+f"(d[n + 7])
-#define SGLANG_SYMM_WGMMA(Type, text)                                                                             \
-  template <>                                                                                                     \
-  struct Wgmma<Type, 16> {                                                                                        \
-    static __device__ __forceinline__ void add(float (&d)[8], uint64_t a, uint64_t b) {                           \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." text "." text                                    \
-                   " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"                                           \
-                   : SGLANG_SYMM_D8(0)                                                                            \
-                   : "l"(a), "l"(b));                                                                             \
-    }                                                                                                             \
-  };                                                                                                              \
-  template <>                                                                                                     \
-  struct Wgmma<Type, 64> {                                                                                        \
-    static __device__ __forceinline__ void add(float (&d)[32], uint64_t a, uint64_t b) {                          \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." text "." text                                    \
-                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
-                   "%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"                                       \
-                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8), SGLANG_SYMM_D8(16), SGLANG_SYMM_D8(24)                 \
-                   : "l"(a), "l"(b));                                                                             \
-    }                                                                                                             \
+#define SGLANG_SYMM_WGMMA(Type, text)                                                                                  \
+  template <>                                                                                                          \
+  struct Wgmma<Type, 16> {                                                                                             \
+    static __device__ __forceinline__ void add(float (&d)[8], uint64_t a, uint64_t b) {                                \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." text "." text                                         \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"                                                \
+                   : SGLANG_SYMM_D8(0)                                                                                 \
+                   : "l"(a), "l"(b));                                                                                  \
+    }                                                                                                                  \
+  };                                                                                                                   \
+  template <>                                                                                                          \
+  struct Wgmma<Type, 64> {                                                                                             \
+    static __device__ __forceinline__ void add(float (&d)[32], uint64_t a, uint64_t b) {                               \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." text "." text                                         \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                          \
+                   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"        \
+                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8), SGLANG_SYMM_D8(16), SGLANG_SYMM_D8(24)                      \
+                   : "l"(a), "l"(b));                                                                                  \
+    }                                                                                                                  \
+  };                                                                                                                   \
+  template <>                                                                                                          \
+  struct Wgmma<Type, 128> {                                                                                            \
+    static __device__ __forceinline__ void add(float (&d)[64], uint64_t a, uint64_t b) {                               \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." text "." text                                        \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                          \
+                   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                                  \
+                   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                  \
+                   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"        \
+                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8), SGLANG_SYMM_D8(16), SGLANG_SYMM_D8(24), SGLANG_SYMM_D8(32), \
+                     SGLANG_SYMM_D8(40), SGLANG_SYMM_D8(48), SGLANG_SYMM_D8(56)                                        \
+                   : "l"(a), "l"(b));                                                                                  \
+    }                                                                                                                  \
+  };                                                                                                                   \
+  template <>                                                                                                          \
+  struct Wgmma<Type, 256> {                                                                                            \
+    static __device__ __forceinline__ void add(float (&d)[128], uint64_t a, uint64_t b) {                              \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." text "." text                                        \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                          \
+                   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                                  \
+                   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                  \
+                   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"                                  \
+                   "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                                  \
+                   "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"                                  \
+                   "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"                      \
+                   "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, 1, " \
+                   "1, 1, 0, 0;"                                                                                       \
+                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8), SGLANG_SYMM_D8(16), SGLANG_SYMM_D8(24), SGLANG_SYMM_D8(32), \
+                     SGLANG_SYMM_D8(40), SGLANG_SYMM_D8(48), SGLANG_SYMM_D8(56), SGLANG_SYMM_D8(64),                   \
+                     SGLANG_SYMM_D8(72), SGLANG_SYMM_D8(80), SGLANG_SYMM_D8(88), SGLANG_SYMM_D8(96),                   \
+                     SGLANG_SYMM_D8(104), SGLANG_SYMM_D8(112), SGLANG_SYMM_D8(120)                                     \
+                   : "l"(a), "l"(b));                                                                                  \
+    }                                                                                                                  \
   }
 SGLANG_SYMM_WGMMA(BFloat16, "bf16");
 SGLANG_SYMM_WGMMA(Float16, "f16");
 #undef SGLANG_SYMM_WGMMA
 #undef SGLANG_SYMM_D8
+
+// ---- registers ----
+
+// Whole warpgroups give registers up and take them: accumulators of 256 columns fit no even share. Between two such
+// changes the warps of a group must meet.
+__device__ __forceinline__ void meet_warpgroup() {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
+}
+template <int Registers>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
 
 // ---- fragments ----
 

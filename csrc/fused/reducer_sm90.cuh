@@ -13,23 +13,6 @@
 
 namespace sglang_symm::device {
 
-// wait() for a whole warp: `ready` is called by all lanes and gives them one answer. Who has not even sent a header is
-// to blame before those who wait for him.
-template <class Ready>
-__device__ __forceinline__ bool wait_together(const Session& s, const Ready& ready, const uint32_t& missing) {
-  Clock clock;
-  for (bool last = false;;) {
-#pragma unroll 1
-    for (int i = 0; i < kFastPolls; i++) {
-      if (ready()) return true;
-    }
-    if (last) return false;
-    const uint32_t silent = missing_headers(s.call, s.epoch);
-    const uint32_t peers = silent != 0 ? silent : missing & ~(1u << s.call.rank);
-    last = __any_sync(kAllLanes, give_up(s.call, s.epoch, peers, &clock)) != 0;
-  }
-}
-
 template <class T>
 struct Reducer {
   // Chunks that are under way together: as many loads as registers allow.

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "fused/decode_cuda.h"
-#include "fused/ptx_sm90.cuh"
+#include "fused/ring_sm90.cuh"
 
 namespace sglang_symm::device {
 

@@ -1,6 +1,7 @@
 // The fused row-parallel linear of a group on GPUs: whether there is a kernel for the call, and what it is given.
 #include "collective/collectives_cuda.h"
 #include "fused/decode_cuda.h"
+#include "fused/prefill_cuda.h"
 #include "ops/common.h"
 #include "ops/ops.h"
 
@@ -12,13 +13,12 @@ bool is_aligned(const at::Tensor& t) {
   return (reinterpret_cast<uintptr_t>(t.const_data_ptr()) & 15) == 0;
 }
 
-// As the copy engine takes it; a copy where it would not. How a tensor lies is a rank's own affair: it never decides
-// whether the call is fused.
-at::Tensor as_matrix(const at::Tensor& t) {
+// Whether the copy engine takes it as a matrix. How a tensor lies is a rank's own affair, and so is its part of k: they
+// never decide whether the call is fused, for that ranks must agree on.
+bool is_taken(const at::Tensor& t) {
   constexpr int64_t kElements = 8;  // of 16 bytes
-  const bool taken = t.stride(1) == 1 && (t.size(0) == 1 || (t.stride(0) >= t.size(1) && t.stride(0) % kElements == 0));
-  if (taken && is_aligned(t)) return t;
-  return at::empty(t.sizes(), t.options()).copy_(t);
+  if (t.size(1) == 0 || t.size(1) % kElements != 0 || t.stride(1) != 1 || !is_aligned(t)) return false;
+  return t.size(0) == 1 || (t.stride(0) >= t.size(1) && t.stride(0) % kElements == 0);
 }
 
 MatrixCuda matrix_of(const at::Tensor& t) {
@@ -34,14 +34,131 @@ bool is_hopper(int device) {
 }
 
 // Too small an arena makes the call slower, not wrong, and on all ranks alike.
-void warn_slots_once(Group& group, const Descriptor& descriptor, size_t needed, const CollectivesCuda& collectives) {
+void warn_small_once(Group& group, const Descriptor& descriptor, const char* what, size_t needed, size_t have) {
   if (group.counters.warned_slots.exchange(true)) return;
-  const size_t have = collectives.layout().slot_bytes, arena = collectives.arena_bytes();
+  const size_t arena = dynamic_cast<CollectivesCuda&>(group.collectives()).arena_bytes();
   const size_t enough = (needed + have - 1) / have * arena;
   TORCH_WARN(to_string(descriptor), " between ", group.world_size(), " ranks is not fused: it needs ", needed,
-             " bytes of slots, the arena of group '", group.config().name, "' has ", have, " (", arena,
+             " bytes of ", what, ", the arena of group '", group.config().name, "' has ", have, " (", arena,
              " bytes in all). The result is right, but slower. ", enough,
              " bytes are enough: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");
+}
+
+// What a kernel multiplies; or, where the copy engine takes no weight, the product of the library's GEMM.
+struct Operands {
+  at::Tensor tokens, weight, partial;
+
+  Operands(const at::Tensor& x, const at::Tensor& w, bool by_library = false) : tokens(x), weight(w) {
+    if (by_library || !is_taken(w)) {
+      partial = at::mm(x, w.t());
+      tokens = weight = partial;
+    } else if (!is_taken(x)) {
+      tokens = at::empty(x.sizes(), x.options()).copy_(x);
+    }
+  }
+  const void* partial_data() const { return partial.defined() ? partial.const_data_ptr() : nullptr; }
+};
+
+struct Call {
+  Group& group;
+  CollectivesCuda& collectives;
+  Descriptor descriptor;
+  const at::Tensor &x, &weight, &bias, &out;
+  bool static_weight;
+};
+
+bool decode(const Call& c) {
+  const int world = c.group.world_size();
+  const auto config = choose_decode({c.x.size(0), c.weight.size(0), world, c.collectives.max_ctas()});
+  if (!config) return false;
+  const LayoutCuda& layout = c.collectives.layout();
+  const size_t slots = slot_bytes(*config, world);
+  if (slots > layout.slot_bytes) {
+    warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
+    return false;
+  }
+  const Operands operands(c.x, c.weight);
+  const at::Tensor y = is_aligned(c.out) ? c.out : at::empty(c.out.sizes(), c.out.options());
+  Descriptor descriptor = c.descriptor;
+  descriptor.algorithm = config->two_shot ? Algorithm::two_shot : Algorithm::one_shot;
+  const std::lock_guard lock(c.group.order);
+  const auto stream = static_cast<cudaStream_t>(current_stream(c.group));
+  const DeviceScope scope(c.collectives.device());
+  DecodeCuda args{};
+  args.call = c.collectives.enter(descriptor, stream);
+  args.y = y.mutable_data_ptr();
+  args.bias = c.bias.defined() ? c.bias.const_data_ptr() : nullptr;
+  args.m = static_cast<int>(c.x.size(0));
+  args.n = static_cast<int>(c.weight.size(0));
+  args.partial = operands.partial_data();
+  args.static_weight = c.static_weight && args.partial == nullptr;
+  args.slots = layout.slots;
+  args.slot_bytes = layout.slot_bytes;
+  launch_decode(*config, args, matrix_of(operands.tokens), matrix_of(operands.weight), stream);
+  if (!y.is_same(c.out)) c.out.copy_(y);
+  count_call(c.group, descriptor.algorithm);
+  return true;
+}
+
+// In rounds of as many tokens as staging memory holds, each a call of the protocol.
+bool prefill(const Call& c) {
+  const int world = c.group.world_size();
+  const LayoutCuda& layout = c.collectives.layout();
+  const int64_t m = c.x.size(0), n = c.weight.size(0);
+  const auto config = choose_prefill({m, n, world, c.collectives.max_ctas()});
+  if (!config) return false;
+  const int64_t most = tokens_a_round(*config, m, n, world, layout.staging_bytes);
+  if (most == 0) {
+    warn_small_once(c.group, c.descriptor, "staging memory", staging_bytes(*config, std::min(m, kLeastRound), n, world),
+                    layout.staging_bytes);
+    return false;
+  }
+  const size_t slots = slot_bytes(with_tokens(*config, most, n, world), world);
+  if (slots > layout.slot_bytes) {
+    warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
+    return false;
+  }
+  // Where every CTA has one tile, cuBLAS is faster from about this many columns on (K = 4096 45 us for 50 with it and
+  // an all-reduce, K = 14336 119 for 114). How a rank multiplies is its own affair, as its part of k is.
+  constexpr int64_t kLong = 8192;
+  const Operands operands(c.x, c.weight, config->one_shot && c.x.size(1) > kLong);
+  // Two-shot sends y to every rank's arena; elsewhere it is copied from there. One-shot stores it here alone.
+  const size_t bytes = c.out.nbytes();
+  const auto place = is_aligned(c.out) ? c.group.arena()->offset_of(c.out.const_data_ptr(), bytes) : std::nullopt;
+  const at::Tensor y = config->one_shot && !is_aligned(c.out) ? at::empty(c.out.sizes(), c.out.options()) : c.out;
+  Descriptor descriptor = c.descriptor;
+  descriptor.algorithm = config->one_shot ? Algorithm::one_shot : Algorithm::two_shot;
+  const std::lock_guard lock(c.group.order);
+  const auto stream = static_cast<cudaStream_t>(current_stream(c.group));
+  const DeviceScope scope(c.collectives.device());
+  for (int64_t begin = 0; begin < m; begin += most) {
+    const int64_t count = std::min(most, m - begin);
+    const size_t start = static_cast<size_t>(begin * n) * 2, size = static_cast<size_t>(count * n) * 2;
+    PrefillCuda args{};
+    args.call = c.collectives.enter(descriptor, stream);
+    std::byte* to = static_cast<std::byte*>(y.mutable_data_ptr()) + start;
+    args.y = to;
+    if (!config->one_shot) {
+      args.call.offset_out = place ? *place + start : layout.staging_out;
+      args.y = args.call.window[args.call.rank] + args.call.offset_out;
+    }
+    args.bias = c.bias.defined() ? c.bias.const_data_ptr() : nullptr;
+    args.m = static_cast<int>(count);
+    args.n = static_cast<int>(n);
+    args.partial = operands.partial.defined() ? operands.partial[begin].const_data_ptr() : nullptr;
+    args.static_weight = c.static_weight && args.partial == nullptr;
+    args.slots = layout.slots;
+    args.slot_bytes = layout.slot_bytes;
+    args.partials = layout.staging_in;
+    const at::Tensor part = operands.tokens.narrow(0, begin, count);
+    launch_prefill(with_tokens(*config, count, n, world), args, matrix_of(part), matrix_of(operands.weight), stream);
+    if (args.y != to) {
+      check_cuda(cudaMemcpyAsync(to, args.y, size, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync of y");
+    }
+  }
+  if (!y.is_same(c.out)) c.out.copy_(y);
+  count_call(c.group, descriptor.algorithm);
+  return true;
 }
 
 }  // namespace
@@ -55,35 +172,10 @@ bool fused_linear_into(Group& group, Descriptor descriptor, const at::Tensor& x,
   if (descriptor.dtype != DType::bfloat16 && descriptor.dtype != DType::float16) return false;
   auto& collectives = dynamic_cast<CollectivesCuda&>(group.collectives());
   if (!is_hopper(collectives.device())) return false;
-  const auto config = choose_decode({x.size(0), weight.size(0), x.size(1), group.world_size(), collectives.max_ctas()});
-  if (!config) return false;
-  const size_t slots = slot_bytes(*config, group.world_size());
-  if (slots > collectives.layout().slot_bytes) {
-    warn_slots_once(group, descriptor, slots, collectives);
-    return false;
-  }
-  const at::Tensor tokens = as_matrix(x), rows = as_matrix(weight);
-  const at::Tensor y = is_aligned(out) ? out : at::empty(out.sizes(), out.options());
-
   descriptor.flags |= Descriptor::kFused;
   if (bias.defined()) descriptor.flags |= Descriptor::kHasBias;
-  descriptor.algorithm = config->two_shot ? Algorithm::two_shot : Algorithm::one_shot;
-  const std::lock_guard lock(group.order);
-  const auto stream = static_cast<cudaStream_t>(current_stream(group));
-  const DeviceScope scope(collectives.device());
-  DecodeCuda args{};
-  args.call = collectives.enter(descriptor, stream);
-  args.y = y.mutable_data_ptr();
-  args.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-  args.m = static_cast<int>(x.size(0));
-  args.n = static_cast<int>(weight.size(0));
-  // A copy was made by the kernel before this one.
-  args.static_weight = static_weight && rows.is_same(weight);
-  args.slots = collectives.layout().slots;
-  args.slot_bytes = collectives.layout().slot_bytes;
-  launch_decode(*config, args, matrix_of(tokens), matrix_of(rows), stream);
-  if (!y.is_same(out)) out.copy_(y);
-  count_call(group, descriptor.algorithm);
+  const Call call{group, collectives, descriptor, x, weight, bias, out, static_weight};
+  if (!decode(call) && !prefill(call)) return false;
   group.counters.fused.fetch_add(1, std::memory_order_relaxed);
   return true;
 }

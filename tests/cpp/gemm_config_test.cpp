@@ -12,50 +12,45 @@ struct Row {
 
 TEST(GemmConfig, FollowsTheTable) {
   const Row rows[] = {
-      {{1, 8192, 4096, 2, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
-      {{16, 8192, 14336, 2, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
-      {{17, 8192, 4096, 2, 132}, "64x64 tiles, 128 in 128 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
-      {{64, 14336, 4096, 2, 132}, "64x64 tiles, 224 in 132 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
-      {{64, 14336, 4096, 2, 64}, "64x64 tiles, 224 in 64 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
-      {{3, 8192, 2048, 4, 32}, "128x16 tiles, 64 in 32 CTAs, 6 stages of 64 columns, 4 reducers, one-shot"},
-      {{9, 8192, 1024, 4, 132}, "128x16 tiles, 64 in 64 CTAs, 6 stages of 64 columns, 4 reducers, two-shot"},
-      {{40, 8192, 1024, 8, 132}, "128x64 tiles, 64 in 64 CTAs, 6 stages of 64 columns, 8 reducers, two-shot"},
-      {{2, 8, 8, 2, 132}, "64x16 tiles, 1 in 1 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
-      {{2, 584, 520, 2, 132}, "64x16 tiles, 10 in 10 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
-      {{16, 2048, 2048, 2, 132}, "64x16 tiles, 32 in 32 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
-      {{17, 2048, 2048, 2, 132}, ""},
-      {{17, 2112, 2048, 2, 132}, "64x64 tiles, 33 in 33 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
-      {{0, 8192, 4096, 2, 132}, ""},
-      {{65, 8192, 4096, 2, 132}, ""},
-      {{1, 8192, 4096, 1, 132}, ""},
-      {{1, 8192, 4096, 3, 132}, ""},
-      {{1, 8192, 4096, 6, 132}, ""},
-      {{1, 8192, 4096, 16, 132}, ""},
-      {{1, 8190, 4096, 2, 132}, ""},
-      {{1, 8192, 4092, 2, 132}, ""},
-      {{1, 0, 4096, 2, 132}, ""},
-      {{1, 8192, 0, 2, 132}, ""},
+      {{1, 8192, 2, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
+      {{17, 8192, 2, 132}, "64x64 tiles, 128 in 128 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
+      {{64, 14336, 2, 132}, "64x64 tiles, 224 in 132 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
+      {{64, 14336, 2, 64}, "64x64 tiles, 224 in 64 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
+      {{3, 8192, 4, 32}, "128x16 tiles, 64 in 32 CTAs, 6 stages of 64 columns, 4 reducers, one-shot"},
+      {{9, 8192, 4, 132}, "128x16 tiles, 64 in 64 CTAs, 6 stages of 64 columns, 4 reducers, two-shot"},
+      {{40, 8192, 8, 132}, "128x64 tiles, 64 in 64 CTAs, 6 stages of 64 columns, 8 reducers, two-shot"},
+      {{2, 8, 2, 132}, "64x16 tiles, 1 in 1 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
+      {{2, 584, 2, 132}, "64x16 tiles, 10 in 10 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
+      {{16, 2048, 2, 132}, "64x16 tiles, 32 in 32 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
+      {{17, 2048, 2, 132}, ""},
+      {{17, 2112, 2, 132}, "64x64 tiles, 33 in 33 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
+      {{0, 8192, 2, 132}, ""},
+      {{65, 8192, 2, 132}, ""},
+      {{1, 8192, 1, 132}, ""},
+      {{1, 8192, 3, 132}, ""},
+      {{1, 8192, 6, 132}, ""},
+      {{1, 8192, 16, 132}, ""},
+      {{1, 8190, 2, 132}, ""},
+      {{1, 0, 2, 132}, ""},
   };
   for (const Row& row : rows) {
     const auto config = choose_decode(row.shape);
     EXPECT_EQ(config ? to_string(*config) : "", row.expected)
-        << "m " << row.shape.m << " n " << row.shape.n << " k " << row.shape.k << " world " << row.shape.world_size;
+        << "m " << row.shape.m << " n " << row.shape.n << " world " << row.shape.world_size;
   }
 }
 
 TEST(GemmConfig, WhereAPartialLiesDependsOnNothingOfARanksOwn) {
   for (const int world : {2, 4, 8}) {
     for (int64_t m = 1; m <= kMaxDecodeTokens; m++) {
-      const auto reference = choose_decode({m, 8192, 4096, world, 132});
+      const auto reference = choose_decode({m, 8192, world, 132});
       ASSERT_TRUE(reference);
-      for (const int64_t k : {8, 1024, 28672}) {
-        for (const int sms : {1, 16, 264}) {
-          const auto other = choose_decode({m, 8192, k, world, sms});
-          ASSERT_TRUE(other);
-          EXPECT_EQ(other->tile_n, reference->tile_n);
-          EXPECT_EQ(other->tile_m, reference->tile_m);
-          EXPECT_EQ(slot_bytes(*other, world), slot_bytes(*reference, world));
-        }
+      for (const int sms : {1, 16, 264}) {
+        const auto other = choose_decode({m, 8192, world, sms});
+        ASSERT_TRUE(other);
+        EXPECT_EQ(other->tile_n, reference->tile_n);
+        EXPECT_EQ(other->tile_m, reference->tile_m);
+        EXPECT_EQ(slot_bytes(*other, world), slot_bytes(*reference, world));
       }
     }
   }
@@ -64,7 +59,7 @@ TEST(GemmConfig, WhereAPartialLiesDependsOnNothingOfARanksOwn) {
 TEST(GemmConfig, FitsTheSharedMemoryOfAnSmAndHoldsEveryToken) {
   for (const int world : {2, 4, 8}) {
     for (int64_t m = 1; m <= kMaxDecodeTokens; m++) {
-      const auto config = choose_decode({m, 8192, 4096, world, 132});
+      const auto config = choose_decode({m, 8192, world, 132});
       ASSERT_TRUE(config);
       EXPECT_GE(config->tile_m, m);
       EXPECT_LE(shared_bytes(*config), size_t{227} << 10);
@@ -74,12 +69,72 @@ TEST(GemmConfig, FitsTheSharedMemoryOfAnSmAndHoldsEveryToken) {
 }
 
 TEST(GemmConfig, SlotsHoldEverySourcesWholeResultAndTheSums) {
-  const auto one_shot = choose_decode({64, 8192, 4096, 2, 132});
+  const auto one_shot = choose_decode({64, 8192, 2, 132});
   ASSERT_TRUE(one_shot);
   EXPECT_EQ(slot_bytes(*one_shot, 2), size_t{2} * 8192 * 64 * 2);
-  const auto two_shot = choose_decode({64, 8192, 4096, 8, 132});
+  const auto two_shot = choose_decode({64, 8192, 8, 132});
   ASSERT_TRUE(two_shot);
   EXPECT_EQ(slot_bytes(*two_shot, 8), size_t{8 + 1} * 8192 * 64 * 2);
+}
+
+TEST(PrefillConfig, FollowsTheTable) {
+  const Row rows[] = {
+      {{64, 8192, 2, 132}, ""},
+      {{128, 8192, 2, 132}, ""},
+      {{200, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
+      {{256, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
+      {{300, 8192, 2, 132}, ""},  // half of the products would be of nothing
+      {{512, 8192, 2, 132}, ""},  // one wave of wide tiles: nothing to hide under
+      {{1024, 8192, 2, 132}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, two-shot"},
+      {{1280, 8192, 2, 132}, ""},  // a third wave for a few tiles
+      {{2048, 8192, 2, 132}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"},
+      {{2048, 4096, 2, 132}, "256x256 tiles, 8 x 16 in 132 CTAs, 3 stages, two-shot"},
+      {{256, 4096, 2, 132}, ""},   // half of the SMs would idle
+      {{512, 4096, 2, 132}, ""},   // one wave of wide tiles
+      {{256, 14336, 2, 132}, ""},  // a second wave for a few tiles
+      {{256, 8192, 4, 32}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
+      {{1024, 8192, 4, 32}, ""},
+      {{256, 8192, 8, 16}, ""},
+      {{2048, 576, 2, 132}, ""},
+      {{256, 8190, 2, 132}, ""},
+      {{256, 8192, 1, 132}, ""},
+  };
+  for (const Row& row : rows) {
+    const auto config = choose_prefill(row.shape);
+    EXPECT_EQ(config ? to_string(*config) : "", row.expected)
+        << "m " << row.shape.m << " n " << row.shape.n << " world " << row.shape.world_size;
+  }
+}
+
+TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
+  for (const int world : {2, 3, 4, 8, 16}) {
+    for (const int64_t m : {65, 256, 300, 1000, 2048, 8192}) {
+      for (const int64_t n : {8192, 8200, 14336}) {
+        const auto c = choose_prefill({m, n, world, 132});
+        if (!c) continue;
+        EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
+        EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
+        EXPECT_GE(c->share * world, c->tiles_m * c->tiles_n);
+        EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
+        EXPECT_EQ(c->ctas % 2, 0);
+        const size_t result = static_cast<size_t>(m * n) * 2;
+        EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
+      }
+    }
+  }
+}
+
+TEST(PrefillConfig, ARoundHoldsWhatStagingMemoryHolds) {
+  const auto c = choose_prefill({8192, 8192, 2, 132});
+  ASSERT_TRUE(c);
+  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{128} << 20), 8192);
+  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{32} << 20), 2048);
+  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{31} << 20), 1792);
+  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{16} << 20), 1024);
+  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{15} << 20), 0);
+  const auto one_shot = choose_prefill({200, 8192, 2, 132});
+  ASSERT_TRUE(one_shot);
+  EXPECT_EQ(tokens_a_round(*one_shot, 200, 8192, 2, 0), 200);
 }
 
 }  // namespace

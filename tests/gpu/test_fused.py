@@ -106,7 +106,6 @@ def test_other_shapes_and_dtypes_take_the_other_path(shared_group, rank, size):
     for m, n, k, dtype in [
         (65, 64, 64, torch.bfloat16),
         (3, 60, 64, torch.bfloat16),
-        (3, 64, 60, torch.bfloat16),
         (0, 64, 64, torch.bfloat16),
         (3, 64, 64, torch.float32),
     ]:

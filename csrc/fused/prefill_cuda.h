@@ -1,0 +1,33 @@
+// The fused kernel of many tokens: y = round(sum over ranks of round(x_r @ w_r^T) (+ bias)), sums in fp32 in rank
+// order. What launches it; the kernel is in prefill_sm90.cu and the headers that it includes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "fused/launch_cuda.h"
+#include "signal/pad_cuda.h"
+
+namespace sglang_symm {
+
+struct PrefillCuda {
+  CallCuda call;        // the descriptor's dtype is bfloat16 or float16; not one_shot: offset_out is y's in the arena
+  void* y;              // [m, n], contiguous, 16-byte aligned
+  const void* bias;     // [n], or nullptr
+  const void* partial;  // this rank's product [m, n], where the copy engine does not take its operands; else nullptr
+  int m, n;
+  int k_steps;  // stages of 64 columns
+  int stages;
+  int tiles_m, tiles_n;  // of a pair of CTAs: 256 tokens x tile_n rows of the weight
+  int share;             // tiles that a rank owns, the last ranks fewer
+  // No kernel that is in flight writes the weight: it is fetched while the previous kernel ends.
+  bool static_weight;
+  size_t slots;  // offset in every arena: [2 parities][slot_bytes]
+  size_t slot_bytes;
+  size_t partials;  // offset in every arena of the staging memory that owners receive partials in (not one_shot)
+};
+
+// Puts the kernel into the stream. x [m, k], weight [n, k]; `args` without what `config` gives.
+void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
+                    cudaStream_t stream);
+
+}  // namespace sglang_symm

@@ -1,0 +1,53 @@
+// The instances of the prefill kernel, one for each tile width and each dtype, and their launch.
+#include "fused/prefill_sm90.cuh"
+
+namespace sglang_symm {
+
+namespace {
+
+using Kernel = void (*)(CUtensorMap, CUtensorMap, PrefillCuda);
+
+template <class Type>
+Kernel find_kernel(const PrefillConfig& c) {
+  using namespace device;
+  if (c.one_shot) return c.tile_n == 128 ? &prefill<PrefillTile<Type, 128, true>> : nullptr;
+  if (c.tile_n == 128) return &prefill<PrefillTile<Type, 128, false>>;
+  if (c.tile_n == 256) return &prefill<PrefillTile<Type, 256, false>>;
+  return nullptr;
+}
+
+}  // namespace
+
+void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
+                    cudaStream_t stream) {
+  const DType dtype = args.call.descriptor.dtype;
+  const Kernel kernel =
+      dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config) : find_kernel<device::Float16>(config);
+  if (kernel == nullptr || config.stages > device::kMaxPrefillStages) {
+    fail(ErrorKind::system, "no prefill kernel for ", to_string(config));
+  }
+  args.k_steps = args.partial == nullptr ? static_cast<int>((weight.columns + kBoxColumns - 1) / kBoxColumns) : 0;
+  args.stages = config.stages;
+  args.tiles_m = config.tiles_m;
+  args.tiles_n = config.tiles_n;
+  args.share = config.share;
+  const size_t shared = shared_bytes(config);
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared)),
+             "cudaFuncSetAttribute of a fused kernel's shared memory");
+  cudaLaunchAttribute attributes[2] = {programmatic_launch()};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
+  launch.blockDim = dim3(device::PrefillTile<device::BFloat16, 128, true>::kThreads);
+  launch.dynamicSmemBytes = shared;
+  launch.stream = stream;
+  launch.attrs = attributes;
+  launch.numAttrs = 2;
+  check_cuda(cudaLaunchKernelEx(&launch, kernel, map_of(weight, dtype, config.tile_n / 2),
+                                map_of(x, dtype, kPrefillTokens / 2), args),
+             "the launch of a fused kernel");
+}
+
+}  // namespace sglang_symm
