@@ -53,6 +53,17 @@ at::Tensor defined_bias(const std::optional<at::Tensor>& bias) {
   return bias && bias->defined() ? bias->contiguous() : at::Tensor();
 }
 
+// out [M, N] = x [M, K] @ weight [N, K]^T. For two or three rows in fp32 on the CPU the transposed product reads the
+// weight once; the plain one takes 2 to 4 times as long (docs/notes/cpu_generate.md; layers/local.py does the same).
+void mm_into(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weight) {
+  at::Tensor rows = out;
+  if (x.is_cpu() && x.scalar_type() == at::kFloat && (x.size(0) == 2 || x.size(0) == 3)) {
+    rows.copy_(at::mm(weight, x.t()).t());
+  } else {
+    at::mm_out(rows, x, weight.t());
+  }
+}
+
 // One kernel where there is one. Else the library's GEMM writes straight into `out`, in symmetric memory when there is
 // room; then it is reduced in place.
 void linear_into(Group& group, OpCode op, const at::Tensor& x, const at::Tensor& weight,
@@ -62,7 +73,7 @@ void linear_into(Group& group, OpCode op, const at::Tensor& x, const at::Tensor&
   const at::Tensor tokens = x.reshape({shapes.rows, x.size(-1)});
   const Descriptor descriptor = describe(op, x, shapes);
   if (fused_linear_into(group, descriptor, tokens, weight, defined_bias(bias), rows, static_weight)) return;
-  at::mm_out(rows, tokens, weight.t());
+  mm_into(rows, tokens, weight);
   reduce_into(group, descriptor, out, out, defined_bias(bias));
 }
 
@@ -132,8 +143,9 @@ at::Tensor row_parallel_linear_reference(const at::Tensor& x, const at::Tensor& 
                                          const std::optional<at::Tensor>& bias, const std::string& name) {
   at::AutoDispatchBelowAutograd below;
   const Shapes shapes = guarded([&] { return checked_shapes(x, weight, bias, "row_parallel_linear_reference"); });
-  const at::Tensor partial = at::linear(x, weight).reshape({1, shapes.rows * shapes.columns});
-  const at::Tensor partials = all_gather(partial, name, 0, std::nullopt);
+  const at::Tensor partial = at::empty({shapes.rows, shapes.columns}, x.options());
+  mm_into(partial, x.reshape({shapes.rows, x.size(-1)}), weight);
+  const at::Tensor partials = all_gather(partial.view({1, -1}), name, 0, std::nullopt);
   at::Tensor sum = partials[0].to(at::kFloat);
   for (int64_t r = 1; r < partials.size(0); r++) sum = sum + partials[r].to(at::kFloat);
   sum = sum.view(shapes.output);

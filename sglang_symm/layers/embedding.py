@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang_symm._autograd import copy_to_ranks, gather_from_ranks, sum_over_ranks
+from sglang_symm.layers.local import linear
 from sglang_symm.layers.sharding import Shard, divide, resolve_group, resolve_state, sharded_parameter
 
 if TYPE_CHECKING:
@@ -58,5 +59,5 @@ class ParallelLMHead(_VocabParallel):
     Logits stay inside their DP rank. Raises ValueError when P does not divide V."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(copy_to_ranks(hidden, self.group), self.weight)
+        logits = linear(copy_to_ranks(hidden, self.group), self.weight)
         return logits if self.tp_size == 1 else gather_from_ranks(logits, self.group, dim=1)

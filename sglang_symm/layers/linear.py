@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang_symm._autograd import copy_to_ranks, gather_from_ranks
+from sglang_symm.layers.local import linear
 from sglang_symm.layers.sharding import Shard, divide, replicated, resolve_group, resolve_state, sharded_parameter
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N/P], or [..., N] with gather_output."""
-        y = F.linear(copy_to_ranks(x, self.group), self.weight, self.bias)
+        y = linear(copy_to_ranks(x, self.group), self.weight, self.bias)
         if self.gather_output and self.tp_size > 1:
             y = gather_from_ranks(y, self.group, dim=y.dim() - 1)
         return y
@@ -192,7 +192,7 @@ class RowParallelLinear(nn.Module):
             )
         bias = None if self.skip_bias_add else self.bias
         if self.tp_size == 1 or skip_all_reduce or not self.reduce_results:
-            y = F.linear(x, self.weight, bias if self.tp_rank == 0 else None)
+            y = linear(x, self.weight, bias if self.tp_rank == 0 else None)
         else:
             y = torch.ops.sglang_symm.row_parallel_linear(
                 x, self.weight, bias, self.group.unique_name, symmetric=self.output_is_symmetric()
