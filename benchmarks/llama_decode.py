@@ -34,7 +34,7 @@ from torch import Tensor
 from sglang_symm.decode_graphs import DecodeGraphs
 from sglang_symm.distributed import ForwardBatch, destroy_model_parallel, initialize_model_parallel
 from sglang_symm.layers.attention import TokenBatch
-from sglang_symm.layers.linear import RowParallelLinear
+from sglang_symm.layers.linear import RowParallelLinear, weights_are_static
 from sglang_symm.layers.norm import RMSNorm
 from sglang_symm.models import LlamaConfig, LlamaForCausalLM
 
@@ -201,6 +201,7 @@ def main() -> None:
     state = initialize_model_parallel(int(os.environ["WORLD_SIZE"]), enable_symm_mem=True, device="cuda")
     rank = state.tp_rank
     model = random_model(args.shape, args.layers, state)
+    weights_are_static(model)
     cases = [("decode", batch) for batch in args.batches] + [("prefill", n) for n in [args.prefill] if n]
     results: list[dict[str, Any]] = []
     for case, n in cases:

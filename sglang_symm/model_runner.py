@@ -17,6 +17,7 @@ from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.parallel_state import ParallelState, initialize_model_parallel
 from sglang_symm.distributed.settings import sync_token_ids_across_tp
 from sglang_symm.layers.attention import TokenBatch
+from sglang_symm.layers.linear import weights_are_static
 from sglang_symm.models.config import LlamaConfig
 from sglang_symm.models.llama import LlamaForCausalLM, MlpGroup
 from sglang_symm.models.weights import load_weights
@@ -120,6 +121,7 @@ class ModelRunner:
         )
         self.device = self.state.device
         self.model = model if isinstance(model, LlamaForCausalLM) else self._load(model, progress)
+        weights_are_static(self.model)
         self.max_len = min(args.max_len, self.model.config.max_position_embeddings)
         self.cache = self.model.make_cache(args.max_batch, self.max_len)
         self.throughput = Throughput()

@@ -96,7 +96,7 @@ class FakeOps:
         static_weight: bool = False,
     ) -> Tensor:
         mine: ThreadGroup = self.local.groups[group]
-        mine.calls.append(f"row_parallel_linear symmetric={symmetric}")
+        mine.calls.append(f"row_parallel_linear symmetric={symmetric}" + static_weight * " static_weight")
         y = mine.all_reduce(F.linear(x, weight))
         mine.calls.pop()
         return y if bias is None else y + bias

@@ -12,6 +12,7 @@ from sglang_symm.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    weights_are_static,
 )
 from sglang_symm.layers.norm import RMSNorm
 from sglang_symm.layers.rotary import RopeScaling, RotaryEmbedding
@@ -29,4 +30,5 @@ __all__ = [
     "RowParallelLinear",
     "TokenBatch",
     "VocabParallelEmbedding",
+    "weights_are_static",
 ]

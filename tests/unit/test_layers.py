@@ -18,6 +18,7 @@ from sglang_symm.layers import (
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
+    weights_are_static,
 )
 from sglang_symm.layers.sharding import WeightError, load_shard
 
@@ -106,6 +107,19 @@ def test_output_is_symmetric_always_over_attention_tp_and_over_tp_only_if_alloca
     symmetric = enable_symm_mem and (over_attn_tp or padding_mode is DpPaddingMode.MAX_LEN)
     for calls in run_threads(Layout(2, attn_tp, enable_symm_mem), body):
         assert calls == [f"row_parallel_linear symmetric={symmetric}"]
+
+
+def test_a_weight_is_static_only_while_somebody_promises_it() -> None:
+    def body(state: ParallelState) -> list[str]:
+        layer = RowParallelLinear(K, N, parallel_state=state)
+        for promised in (None, True, False):
+            if promised is not None:
+                weights_are_static(torch.nn.Sequential(layer), promised)
+            layer(torch.zeros(5, K // 2))
+        return [call.partition(" static_weight")[1] for call in state.tp.calls]
+
+    for calls in run_threads(Layout(1, 2), body):
+        assert calls == ["", " static_weight", ""]
 
 
 def test_a_group_of_one_rank_means_no_communication() -> None:
