@@ -263,7 +263,7 @@ MUTANTS = [
     ),
     CudaMutant(
         "prefill: flags of partials are not re-armed",
-        "fused/prefill_sm90.cuh",
+        "fused/prefill_mover_sm90.cuh",
         "if (waits) store_sys(flag, kSentinel);",
         "(void)0;",
         MANY_TOKENS,
@@ -271,7 +271,7 @@ MUTANTS = [
     ),
     CudaMutant(
         "prefill, one-shot: slots are not re-armed",
-        "fused/prefill_sm90.cuh",
+        "fused/prefill_epilogue_sm90.cuh",
         "if (comes(c + b)) store_slot(slot(s.call.rank, r, c + b), all_bits_set());",
         "(void)0;",
         MANY_TOKENS,

@@ -1,0 +1,191 @@
+// The prefill kernel, from accumulators to sums: rounded partials, their sum in rank order, and the one-shot exchange.
+#pragma once
+
+#include "fused/prefill_tile_sm90.cuh"
+
+namespace sglang_symm::device {
+
+// Four lanes have a row's words of columns 8 j + 2 (lane % 4), j = 0..3; afterwards lane l has columns 8 (l % 4) ..
+// + 7.
+__device__ __forceinline__ uint4 row_of_quad(uint4 v, int lane) {
+  const bool odd = (lane & 1) != 0, high = (lane & 2) != 0;
+  const uint32_t a = __shfl_xor_sync(kAllLanes, odd ? v.x : v.y, 1);
+  const uint32_t b = __shfl_xor_sync(kAllLanes, odd ? v.z : v.w, 1);
+  const uint4 w = odd ? make_uint4(a, v.y, b, v.w) : make_uint4(v.x, a, v.z, b);
+  const uint32_t c = __shfl_xor_sync(kAllLanes, high ? w.x : w.z, 2);
+  const uint32_t e = __shfl_xor_sync(kAllLanes, high ? w.y : w.w, 2);
+  return high ? make_uint4(c, e, w.z, w.w) : make_uint4(w.x, w.y, c, e);
+}
+
+// A math warp's end of a tile.
+template <class T>
+struct PrefillEpilogue {
+  static constexpr int kBatch = 4;  // chunks under way together
+  using Accumulators = float[T::kTileN / 2];
+
+  const PrefillCuda& a;
+  const Session& s;
+  int warp, lane;  // warp: of 8, 16 tokens each
+
+  // The rounded partial of chunk c; of a product that the library has made, if it has.
+  __device__ __forceinline__ uint4 chunk(const PrefillPlace& at, const Accumulators& d, int c) const {
+    if (a.partial != nullptr) return product(at, c);
+    const int j = 4 * (c >> 1), h = 2 * (c & 1);
+    return make_uint4(T::Type::round(&d[4 * j + h]), T::Type::round(&d[4 * j + 4 + h]),
+                      T::Type::round(&d[4 * j + 8 + h]), T::Type::round(&d[4 * j + 12 + h]));
+  }
+  __device__ __forceinline__ int token(const PrefillPlace& at, int c) const {
+    return at.token + 16 * warp + 8 * (c & 1) + (lane >> 2);
+  }
+  // Where this warp's chunks of a tile lie in a tile of a slot, of the staging memory, of a peer's partials.
+  __device__ __forceinline__ size_t within(int c) const {
+    return static_cast<size_t>(warp * T::kWarpBytes + c * T::kChunkBytes + lane * 16);
+  }
+
+  // load(r, c, v): rank r's words of chunks c .. c + kBatch - 1; store(c, v): the sums, as the lane's 16 bytes of a
+  // row.
+  template <class Load, class Store>
+  __device__ __forceinline__ void sum(const PrefillPlace& at, const Accumulators& d, const Load& load,
+                                      const Store& store) const {
+    if (s.call.world_size == 2) {  // the usual: a + b is b + a
+#pragma unroll
+      for (int first = 0; first < T::kChunks; first += kBatch) {
+        uint4 v[kBatch] = {};
+        load(1 - s.call.rank, first, v);
+#pragma unroll
+        for (int b = 0; b < kBatch; b++) {
+          const int c = first + b;
+          float total[8], other[8];
+          unpack(chunk(at, d, c), total);
+          unpack(v[b], other);
+#pragma unroll
+          for (int i = 0; i < 8; i++) total[i] = __fadd_rn(total[i], other[i]);
+          store(c, rows(at, c, total));
+        }
+      }
+      return;
+    }
+#pragma unroll
+    for (int first = 0; first < T::kChunks; first += kBatch) {
+      float total[kBatch][8];
+#pragma unroll 1
+      for (int r = 0; r < s.call.world_size; r++) {
+        uint4 v[kBatch] = {};
+        if (r == s.call.rank) {
+#pragma unroll
+          for (int b = 0; b < kBatch; b++) v[b] = chunk(at, d, first + b);
+        } else {
+          load(r, first, v);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; b++) {
+          float f[8];
+          unpack(v[b], f);
+#pragma unroll
+          for (int i = 0; i < 8; i++) total[b][i] = r == 0 ? f[i] : __fadd_rn(total[b][i], f[i]);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) store(first + b, rows(at, first + b, total[b]));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
+    T::Type::unpack(v.x, &f[0]);
+    T::Type::unpack(v.y, &f[2]);
+    T::Type::unpack(v.z, &f[4]);
+    T::Type::unpack(v.w, &f[6]);
+  }
+  // The sums of chunk c, with the bias, rounded, as the lane's 16 bytes of a row.
+  __device__ __forceinline__ uint4 rows(const PrefillPlace& at, int c, float (&total)[8]) const {
+    using Type = typename T::Type;
+    if (a.bias != nullptr) add_bias(at.column + 32 * (c >> 1), total);
+    uint4 v =
+        make_uint4(Type::round(&total[0]), Type::round(&total[2]), Type::round(&total[4]), Type::round(&total[6]));
+    if (Type::has_nan(v.x) || Type::has_nan(v.y) || Type::has_nan(v.z) || Type::has_nan(v.w)) {
+      v = make_uint4(Type::canonical(v.x), Type::canonical(v.y), Type::canonical(v.z), Type::canonical(v.w));
+    }
+    return row_of_quad(v, lane);
+  }
+  __device__ __forceinline__ uint4 product(const PrefillPlace& at, int c) const {
+    uint32_t word[4] = {};
+    const int row = token(at, c);
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const int column = at.column + 32 * (c >> 1) + 8 * q + 2 * (lane & 3);
+      if (row >= a.m || column >= a.n) continue;
+      const auto* words = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
+      word[q] = *reinterpret_cast<const uint32_t*>(words);
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+  }
+  __device__ __forceinline__ void add_bias(int column, float (&total)[8]) const {
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const int n = column + 8 * q + 2 * (lane & 3);
+      if (n >= a.n) continue;
+      float f[2];
+      T::Type::unpack(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(a.bias) + n), f);
+      total[2 * q] = __fadd_rn(total[2 * q], f[0]);
+      total[2 * q + 1] = __fadd_rn(total[2 * q + 1], f[1]);
+    }
+  }
+};
+
+// ---- one-shot ----
+
+// False once something did not come: then the rest of y is NaN.
+template <class T>
+__device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Session& s, const PrefillPlace& at, int cta,
+                                                int warp, int lane, bool fine, const float (&d)[T::kTileN / 2]) {
+  const PrefillEpilogue<T> end{a, s, warp, lane};
+  const auto slot = [&](int rank, int source, int c) {
+    const size_t tile = (static_cast<size_t>(source) * (a.tiles_m * a.tiles_n) + at.index) * 2 + cta;
+    return s.call.window[rank] + a.slots + s.parity() * a.slot_bytes + tile * T::kBytes + end.within(c);
+  };
+  const auto comes = [&](int c) { return end.token(at, c) < a.m; };
+  if (s.alive) {
+#pragma unroll
+    for (int c = 0; c < T::kChunks; c++) {
+      if (!comes(c)) continue;
+      const uint4 v = end.chunk(at, d, c);
+#pragma unroll 1
+      for (int step = 1; step < s.call.world_size; step++) store_slot(slot(s.peer(step), s.call.rank, c), v);
+    }
+  }
+  constexpr int kBatch = PrefillEpilogue<T>::kBatch;
+  const auto load = [&](int r, int c, uint4(&v)[kBatch]) {
+    const auto ready = [&] {
+      // The last chunk that was sent tells when a look is worth while: a wait takes no bandwidth from what comes.
+      bool all = true;
+      const int last = c + kBatch - 1;
+      if (comes(last)) all = load_sys(reinterpret_cast<const uint32_t*>(slot(s.call.rank, r, last))) != kSentinel;
+      if (!__all_sync(kAllLanes, all)) return false;
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        v[b] = comes(c + b) ? load_slot(slot(s.call.rank, r, c + b)) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) all &= is_data(v[b]);
+      return __all_sync(kAllLanes, all) != 0;
+    };
+    const uint32_t missing = 1u << r;
+    if (fine) fine = wait_together(s, ready, missing);
+    if (!fine) return;
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      if (comes(c + b)) store_slot(slot(s.call.rank, r, c + b), all_bits_set());
+    }
+  };
+  auto* y = static_cast<uint16_t*>(a.y);
+  const auto store = [&](int c, uint4 v) {
+    const int row = end.token(at, c), column = at.column + 32 * (c >> 1) + 8 * (lane & 3);
+    if (!fine) v = all_bits_set();
+    if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
+  };
+  end.sum(at, d, load, store);
+  return fine;
+}
+
+}  // namespace sglang_symm::device

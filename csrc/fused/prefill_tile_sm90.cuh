@@ -1,0 +1,148 @@
+// The prefill kernel, from operands to accumulators: tiles, the order in which CTAs visit them, producer and MMAs.
+#pragma once
+
+#include "fused/prefill_cuda.h"
+#include "fused/ring_sm90.cuh"
+
+namespace sglang_symm::device {
+
+constexpr int kMaxPrefillStages = 8;
+
+template <class T, int TileN_, bool OneShot>
+struct PrefillTile {
+  using Type = T;
+  static constexpr bool kOneShot = OneShot;
+  static constexpr int kTileM = 128, kTileN = TileN_;  // of a CTA
+  static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kThreads = 12 * kWarp;
+  // A thread's: as launched; wide tiles: a math warp's, another warp's.
+  static constexpr bool kMovesRegisters = kTileN > 128;
+  static constexpr int kRegisters = 168, kMathRegisters = 232, kOtherRegisters = 40;
+  static constexpr int kRowBytes = kBoxColumns * 2;
+  static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;
+  static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
+  static constexpr int kBytes = kTileM * kTileN * 2;  // of a tile's result
+  static constexpr int kWarpBytes = kBytes / kMathWarps;
+  static constexpr int kChunkBytes = 512;                   // 16 a lane: 8 rows x 32 columns
+  static constexpr int kChunks = kWarpBytes / kChunkBytes;  // chunk c: rows lane / 4 + 8 (c % 2), columns 32 (c / 2)..
+};
+
+// A cluster's tile, and this CTA's part of it.
+struct PrefillPlace {
+  int index;  // of the tile
+  int owner;
+  int token, column;  // where this CTA's part begins
+};
+
+// Which tiles a CTA visits: those of rank + 1 first, its own rank's last. Within them, bands of kBand rows of tiles
+// column by column: what runs at the same time shares its tokens and its weights in L2.
+template <class T>
+struct PrefillSchedule {
+  static constexpr int kBand = 8;
+  const PrefillCuda& a;
+  int cta;  // in the cluster
+
+  __device__ __forceinline__ int all() const { return a.tiles_m * a.tiles_n; }
+  __device__ __forceinline__ int visits() const {
+    const int clusters = static_cast<int>(gridDim.x) / 2, first = static_cast<int>(blockIdx.x) / 2;
+    return (all() - first + clusters - 1) / clusters;
+  }
+  __device__ __forceinline__ PrefillPlace place(int visit) const {
+    const int clusters = static_cast<int>(gridDim.x) / 2;
+    int t = static_cast<int>(blockIdx.x) / 2 + visit * clusters + min((a.call.rank + 1) * a.share, all());
+    if (t >= all()) t -= all();
+    const int band = t / (kBand * a.tiles_n), rows = min(kBand, a.tiles_m - band * kBand);
+    const int inside = t - band * kBand * a.tiles_n;
+    const int row = band * kBand + inside % rows, column = inside / rows;
+    return {t, t / a.share, (2 * row + cta) * T::kTileM, column * T::kTileN};
+  }
+};
+
+// ---- producer: one thread ----
+//
+// One row of tiles reads its weights once. Several rows share them, at about the same time, and tokens of a long k are
+// more than L2 holds: then nothing goes first and nothing stays.
+
+template <class T>
+struct PrefillProducer {
+  const PrefillCuda& a;
+  const CUtensorMap* weight_map;
+  const CUtensorMap* token_map;
+  const Ring& ring;
+  const PrefillSchedule<T>& schedule;
+  volatile uint32_t* step;  // how many stages have been asked for
+
+  __device__ __forceinline__ void weight(int stage, int k, const PrefillPlace& at) const {
+    constexpr int kHalf = T::kTileN / 2;
+    barrier_expect(&ring.full[stage], T::kStageBytes);
+    const uint32_t to = ring.memory + stage * T::kStageBytes + T::kTokenBytes + schedule.cta * kHalf * T::kRowBytes;
+    load_box_to_all(to, weight_map, k * kBoxColumns, at.column + schedule.cta * kHalf, &ring.full[stage], 3,
+                    a.tiles_m > 1 ? kEvictNormal : kEvictFirst);
+  }
+  __device__ __forceinline__ void tokens(int stage, int k, const PrefillPlace& at) const {
+    load_box(ring.memory + stage * T::kStageBytes, token_map, k * kBoxColumns, at.token, &ring.full[stage],
+             a.tiles_m > 1 ? kEvictNormal : kEvictLast);
+  }
+  __device__ __forceinline__ int ahead() const { return min(ring.stages, a.k_steps); }  // of the first tile
+  __device__ __forceinline__ void fill_weights() const {
+    const PrefillPlace at = schedule.place(0);
+    for (int k = 0; k < ahead(); k++) weight(k, k, at);
+  }
+  __device__ __forceinline__ void fill_tokens() const {
+    const PrefillPlace at = schedule.place(0);
+    for (int k = 0; k < ahead(); k++) tokens(k, k, at);
+  }
+  __device__ __forceinline__ void stream() const {
+    Position p;
+    p.parity = 1;  // a stage that was never used is empty
+    for (int i = 0; i < ahead(); i++) p.next(ring.stages);
+    int k = ahead();
+    uint32_t steps = k;
+    const int visits = schedule.visits();
+    for (int visit = 0; visit < visits; visit++, k = 0) {
+      const PrefillPlace at = schedule.place(visit);
+#pragma unroll 1
+      for (; k < a.k_steps; k++) {
+        barrier_wait(&ring.empty[p.stage], p.parity);
+        weight(p.stage, k, at);
+        tokens(p.stage, k, at);
+        p.next(ring.stages);
+        *step = ++steps;
+      }
+    }
+  }
+};
+
+// ---- math ----
+
+// d = 64 tokens of this warpgroup x kTileN rows of the weight, all of k.
+template <class T>
+__device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& ring, int group, int lane, Position* at,
+                                              float (&d)[T::kTileN / 2]) {
+  constexpr int kMmaBytes = 32, kMmas = T::kRowBytes / kMmaBytes, kGroupBytes = 64 * T::kRowBytes;
+#pragma unroll
+  for (int i = 0; i < T::kTileN / 2; i++) d[i] = 0.0f;
+  int before = -1;  // the stage whose MMAs may still run
+  const auto release = [&](int stage) {
+    if (lane < 2) barrier_arrive_at(&ring.empty[stage], lane);
+  };
+#pragma unroll 1
+  for (int k = 0; k < a.k_steps; k++) {
+    barrier_wait(&ring.full[at->stage], at->parity);
+    const uint32_t tokens = ring.memory + at->stage * T::kStageBytes + group * kGroupBytes;
+    const uint32_t weight = ring.memory + at->stage * T::kStageBytes + T::kTokenBytes;
+    wgmma_fence();
+#pragma unroll
+    for (int mma = 0; mma < kMmas; mma++) {
+      Wgmma<typename T::Type, T::kTileN>::add(d, operand(tokens + mma * kMmaBytes), operand(weight + mma * kMmaBytes));
+    }
+    wgmma_commit();
+    wgmma_wait_previous();
+    if (before >= 0) release(before);
+    before = at->stage;
+    at->next(ring.stages);
+  }
+  wgmma_wait_all();
+  if (before >= 0) release(before);
+}
+
+}  // namespace sglang_symm::device
