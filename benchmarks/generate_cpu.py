@@ -157,6 +157,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=25, help="of the profile")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if min(args.rounds, args.tokens, args.prompt_tokens, args.tp, args.attention_dp) < 1:
+        parser.error("expected --rounds, --tokens, --prompt-tokens, --tp and --attention-dp of at least 1")
     folder = Path(converted(args.model)) if args.model.endswith(".gguf") else Path(args.model)
     if under_launcher():
         return run_rank(args, folder)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from sglang_symm.bench import commit, machine
+from sglang_symm.bench.clocks import HostClock
 from sglang_symm.bench.ranks import World
 from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.launch import run_ranks, under_launcher
@@ -81,12 +82,7 @@ def measure(group: Group, shape: str, m: int, dtype: torch.dtype, rounds: int, s
         bound = (world + part**0.5) * float(exact.abs().max()) * torch.finfo(dtype).eps
         if error > bound:
             raise RuntimeError(f"{way}: {shape}, M={m}: error {error}, expected at most {bound}")
-        dist.barrier()
-        start = time.perf_counter()
-        call()
-        one = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-        dist.all_reduce(one, dist.ReduceOp.MAX)
-        calls[way] = max(1, min(2000, int(seconds / float(one))))
+        calls[way] = HostClock(seconds).calls(call)
     times = torch.zeros(rounds, len(WAYS), dtype=torch.float64)
     for r in range(rounds):
         for i in range(len(WAYS)):
@@ -98,7 +94,13 @@ def measure(group: Group, shape: str, m: int, dtype: torch.dtype, rounds: int, s
                 call()
             times[r, lane] = (time.perf_counter() - start) / calls[WAYS[lane]] * 1e6
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    return {"shape": shape, "M": m, "N": n, "K": k, "us": {way: times[:, i].tolist() for i, way in enumerate(WAYS)}}
+    return {
+        "shape": shape,
+        "M": m,
+        "N": n,
+        "K": part * world,
+        "us": {way: times[:, i].tolist() for i, way in enumerate(WAYS)},
+    }
 
 
 def main() -> int:
@@ -110,6 +112,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.1, help="of calls in a round")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if args.rounds < 1 or not 2 <= args.nproc <= 16 or not 0 < args.seconds < 1e6:
+        parser.error("expected --rounds >= 1, --nproc 2 to 16, --seconds > 0")
     if not under_launcher():
         command = [sys.executable, __file__, *sys.argv[1:]]
         return run_ranks(args.nproc, command, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -35,6 +35,9 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "SGLANG_SYMM_TABLES": ("the package's", "tuning table, or a folder of them (tune); built-in: none"),
     "SGLANG_SYMM_NCCL": ("0", "1: groups on GPUs own an NCCL communicator; auto: if it can be had; window: docs"),
     "SGLANG_SYMM_NCCL_LIBRARY": ("the one torch loaded", "path of another libnccl.so.2"),
+    "SGLANG_SYMM_CPU": ("best", "portable, avx2 or avx512: instruction set of the sums"),
+    "SGLANG_SYMM_CACHE": ("~/.cache/sglang_symm", "where converted models are kept"),
+    "SGLANG_SYMM_COMMIT": ("", "the commit that bench and tune write down, where there is no checkout"),
     "SYNC_TOKEN_IDS_ACROSS_TP": ("0", "1: the attention-TP group gets a symmetric communicator"),
 }
 OTHER_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_MPS_PIPE_DIRECTORY", "NCCL_DEBUG")
@@ -219,7 +222,7 @@ def render(report: dict[str, Any]) -> str:
         lines += [f"  {key:22}{show(value)}" for key, value in content.items()]
     lines.append("\nsettings (* set in the environment)")
     for name, row in report["settings"].items():
-        lines.append(f"  {'*' if row['set'] else ' '} {name:28}{row['value']:18}{row['meaning']}")
+        lines.append(f"  {'*' if row['set'] else ' '} {name:28}{row['value']:20} {row['meaning']}")
     return "\n".join(lines)
 
 

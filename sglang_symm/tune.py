@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sglang_symm import tuning
-from sglang_symm.bench import arena_bytes, check_gpus, commit, machine, make_clocks
+from sglang_symm.bench import arena_bytes, check_gpus, check_output, commit, machine, make_clocks
 from sglang_symm.bench.cases import DTYPES, Case, format_bytes, parse_bytes, sizes
 from sglang_symm.bench.peers import Symm
 from sglang_symm.bench.ranks import World, measure
@@ -74,8 +74,14 @@ def main(args: argparse.Namespace) -> int:
     begin, end, dtypes = DEFAULTS[args.device]
     try:
         wanted = sizes(parse_bytes(args.begin or begin), parse_bytes(args.end or end), 2)
-        args.sweeps = args.sweeps or (3 if args.device == "cpu" else 1)
-        if args.rounds < 1 or args.sweeps < 1 or not args.seconds > 0 or not 2 <= args.nproc <= 16 or args.calls < 1:
+        args.sweeps = (3 if args.device == "cpu" else 1) if args.sweeps is None else args.sweeps
+        if (
+            args.rounds < 1
+            or args.sweeps < 1
+            or not 0 < args.seconds < 1e6
+            or not 2 <= args.nproc <= 16
+            or args.calls < 1
+        ):
             raise ValueError(
                 "expected --nproc 2 to 16, --rounds >= 1, --sweeps >= 1, --calls >= 1, --seconds > 0, "
                 f"got {args.nproc}, {args.rounds}, {args.sweeps}, {args.calls}, {args.seconds}"
@@ -84,7 +90,10 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"expected -b of at least 64 bytes, got {wanted[0]}")
         if args.device == "cuda":
             check_gpus(args.nproc)
-    except ValueError as error:
+        Path(args.output).mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+        check_output(str(Path(args.output) / ".writable"))
+        (Path(args.output) / ".writable").unlink(missing_ok=True)
+    except (ValueError, OSError) as error:
         print(f"sglang_symm tune: {error}", file=sys.stderr)
         return 2
     args.dtype = args.dtype or dtypes

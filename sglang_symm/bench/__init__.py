@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from sglang_symm.bench.peers import DeepSpeed, Empty, Gloo, Peer, Symm
 from sglang_symm.bench.ranks import World, measure
 from sglang_symm.bench.report import Row
 from sglang_symm.distributed.group import ALGORITHMS, Group
-from sglang_symm.distributed.launch import run_ranks, under_launcher
+from sglang_symm.distributed.launch import raise_on_sigterm, run_ranks, under_launcher
 
 CPU_PEERS = ("gloo", "deepspeed", "openmpi", "mpich")
 MODES = ("graph", "eager")
@@ -76,9 +77,9 @@ def main(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if a result was wrong; 2 for wrong arguments; a failed rank's own code otherwise."""
     try:
         wanted = sizes(parse_bytes(args.begin), parse_bytes(args.end), args.factor)
-        if args.rounds < 1 or not args.seconds > 0 or args.nproc < 2 or args.calls < 1:
+        if args.rounds < 1 or not 0 < args.seconds < 1e6 or not 2 <= args.nproc <= 16 or args.calls < 1:
             raise ValueError(
-                "expected --nproc >= 2, --rounds >= 1, --calls >= 1, --seconds > 0, "
+                "expected --nproc 2 to 16, --rounds >= 1, --calls >= 1, --seconds > 0, "
                 f"got {args.nproc}, {args.rounds}, {args.calls}, {args.seconds}"
             )
         names = CPU_PEERS if args.device == "cpu" else peers_cuda.NAMES
@@ -86,14 +87,33 @@ def main(args: argparse.Namespace) -> int:
         modes = _among("--mode", args.mode, MODES)
         if args.device == "cuda":
             check_gpus(args.nproc)
-    except ValueError as error:
+        elif "nccl" in (args.algo or []):
+            raise ValueError("--algo nccl needs --device cuda")
+        if args.plot:
+            report.check_plot(args.plot)
+        for path in (args.json, args.csv, args.plot):  # now, not after minutes of measuring
+            if path and path != "-":
+                check_output(path)
+    except (ValueError, OSError) as error:
         print(f"sglang_symm bench: {error}", file=sys.stderr)
         return 2
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     args.modes = [mode for mode in MODES if mode in modes] if args.device == "cuda" else ["eager"]
     if under_launcher():
         return _run_rank(args, wanted, peers)
-    return _launch(args, wanted, peers)
+    restore = raise_on_sigterm()
+    try:
+        return _launch(args, wanted, peers)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        restore()
+
+
+def check_output(path: str) -> None:
+    """Raise OSError where a file cannot be written."""
+    with open(path, "a"):
+        pass
 
 
 def check_gpus(nproc: int) -> None:
@@ -133,6 +153,9 @@ def _launch(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> int
 
 def _mpi_rows(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> list[Row]:
     rows: list[Row] = []
+    found = {implementation.name for implementation in mpi.installed()}
+    for name in sorted(peers & {"openmpi", "mpich"} - found) if args.peers != "all" else []:
+        _say(f"{name} left out: its mpicc and mpirun were not found")
     for implementation in mpi.installed() if args.device == "cpu" else []:
         if implementation.name not in peers:
             continue
@@ -172,6 +195,9 @@ def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> i
         for algo in args.algo or ["auto"]
     }
     runners: list[Peer] = [Symm(group, algo, inside) for inside in (True, False) for algo, group in groups.items()]
+    if world.rank == 0 and not args.raw:
+        for name in sorted(peers & {"openmpi", "mpich"}):
+            _say(f"{name} left out: mpirun starts its ranks, which it does not do under a launcher")
     others = (_cpu_peers if args.device == "cpu" else _cuda_peers)(world, peers, wanted[-1])
     clocks = make_clocks(args, world, next(iter(groups.values())))
     places = {"in": [True], "out": [False], "both": [True, False]}[args.place]

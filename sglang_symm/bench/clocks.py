@@ -18,6 +18,7 @@ import torch.distributed as dist
 from sglang_symm.bench.peers import Prepared
 from sglang_symm.distributed.group import Group
 
+MOST_CALLS = 20_000  # in a round
 AHEAD_CYCLES = 200_000  # of the GPU: while it sleeps, the host launches what is timed
 
 
@@ -53,12 +54,21 @@ class HostClock(Clock):
     def lane(self, prepared: Prepared) -> Lane:
         """Warmed up; the number of calls is the slowest rank's."""
         call = prepared.call
+        calls = self.calls(call)
+        return Lane(lambda: _loop(call, calls) * 1e6)
+
+    def calls(self, call: Callable[[], object]) -> int:
+        """Collective: how many fit, the same on all ranks."""
         for _ in range(3):
             call()
-        one = torch.tensor([_loop(call, 3)], dtype=torch.float64)
-        dist.all_reduce(one, dist.ReduceOp.MAX)
-        calls = max(1, min(20_000, int(self._seconds / float(one))))
-        return Lane(lambda: _loop(call, calls) * 1e6)
+        calls = 3
+        while True:  # until it takes long beside the milliseconds in which ranks leave the barrier
+            one = torch.tensor([_loop(call, calls)], dtype=torch.float64)
+            dist.all_reduce(one, dist.ReduceOp.MAX)
+            if calls >= MOST_CALLS or calls * float(one) >= self._seconds / 2:
+                break
+            calls = min(MOST_CALLS, 4 * calls)
+        return max(1, min(MOST_CALLS, int(self._seconds / float(one))))
 
 
 def _loop(call: Callable[[], object], calls: int) -> float:

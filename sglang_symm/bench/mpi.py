@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -39,13 +40,24 @@ class Mpi:
         return {row["bytes"]: (row["us"], row["wrong"]) for row in rows}
 
     def _do(self, command: list[str], limit: float) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{self.name}: no end after {limit:.0f} s: {' '.join(command[:4])} ...") from None
-        if done.returncode != 0:
-            raise RuntimeError(f"{self.name}: {' '.join(command[:4])} ... failed: {done.stderr.strip()[-300:]}")
-        return done.stdout
+        # A session of its own: however this ends, mpirun and its processes end with it.
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            try:
+                output, errors = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"{self.name}: no end after {limit:.0f} s: {' '.join(command[:4])} ...") from None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)  # mpirun ends its processes
+                    try:
+                        process.wait(5)
+                    except subprocess.TimeoutExpired:
+                        os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode != 0:
+            raise RuntimeError(f"{self.name}: {' '.join(command[:4])} ... failed: {errors.strip()[-300:]}")
+        return output
 
 
 def installed() -> list[Mpi]:

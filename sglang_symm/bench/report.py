@@ -124,6 +124,17 @@ def write_csv(rows: list[Row], path: str) -> None:
             writer.writerow([r.op, r.dtype, r.bytes, r.peer, int(r.in_place), *numbers, r.wrong, *gpu])
 
 
+def check_plot(path: str) -> None:
+    """Raise ValueError where ``plot`` could not write: no matplotlib, a format that it does not know."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install 'sglang_symm[bench]'") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".") not in known:
+        raise ValueError(f"--plot {path}: expected a name that ends in one of {', '.join(sorted(known))}")
+
+
 def plot(rows: list[Row], path: str, environment: dict[str, Any]) -> None:
     """Time and bus bandwidth over size, a line an implementation, with the limit; a row of plots an op and mode.
 

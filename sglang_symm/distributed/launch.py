@@ -95,7 +95,7 @@ def run_ranks(
     ranks: list[subprocess.Popen[bytes]] = []
     readers: list[threading.Thread] = []
     lock = threading.Lock()
-    restore = _raise_on_sigterm()
+    restore = raise_on_sigterm()
     try:
         for rank in range(nproc):
             child = start_rank(
@@ -176,7 +176,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
             continue
 
 
-def _raise_on_sigterm() -> Any:
+def raise_on_sigterm() -> Any:
     """Make SIGTERM end the ranks as Ctrl-C does; returns what restores the former handler. Only the main thread may
     do so.
     """

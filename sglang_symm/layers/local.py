@@ -20,5 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[:-1].numel() not in _FEW_ROWS:
         return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu") or x.numel() == 0:
+        return F.linear(x, weight, bias)
     y = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous().view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias

@@ -124,13 +124,17 @@ def test_csv_names_as_many_columns_as_it_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["-n", "1"], "--nproc >= 2"),
+        (["-n", "1"], "--nproc 2 to 16"),
         (["--calls", "0"], "--calls >= 1"),
         (["--device", "cuda", "--peers", "gloo"], "nccl, nccl_window, torch_one_shot, torch_two_shot"),
         (["--peers", "nccl"], "gloo, deepspeed"),
         (["--device", "cuda", "--mode", "graphs"], "graph, eager"),
-        (["--device", "cuda", "-n", "999"], "mps_rig"),
+        (["--device", "cuda", "-n", "16"], "mps_rig"),
         (["-b", "4K", "-e", "2K"], "-b"),
+        (["--seconds", "inf"], "--seconds > 0"),
+        (["--algo", "nccl"], "needs --device cuda"),
+        (["--csv", "/proc/nowhere/rows.csv"], "/proc/nowhere/rows.csv"),
+        (["--plot", "rows.xyz"], "png"),
     ],
 )
 def test_wrong_arguments_end_with_2_and_a_sentence(

@@ -39,3 +39,10 @@ def test_few_rows_take_the_transposed_product_in_inference_mode_only(monkeypatch
         local.linear(x.bfloat16(), w.bfloat16())
         local.linear(torch.randn(4, K), w)
     assert taken == [w.shape]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_autocast_has_one_dtype_for_every_number_of_rows(rows: int) -> None:
+    x, w, b = torch.randn(rows, K), torch.randn(N, K), torch.randn(N)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert local.linear(x, w, b).dtype == torch.bfloat16
