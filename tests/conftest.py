@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 DEVICE = os.environ.get("SGLANG_SYMM_TEST_DEVICE", "cpu")
 # Set by tools/run_tests.py: where each rank leaves its counts.
 RESULTS = os.environ.get("SGLANG_SYMM_TEST_RESULTS")
+
+# A shell that starts the tests in the background has SIGINT ignored, and children inherit that: those whose Ctrl-C is
+# tested must not.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Report:

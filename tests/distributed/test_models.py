@@ -135,8 +135,10 @@ class Spy:
         roles = {state.tp.unique_name: state.tp, state.attn_tp.unique_name: state.attn_tp}
         op = torch.ops.sglang_symm.row_parallel_linear
 
-        def spied(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, symmetric: bool = True) -> Tensor:
-            y: Tensor = op(x, weight, bias, group, symmetric=symmetric)
+        def spied(
+            x: Tensor, weight: Tensor, bias: Tensor | None, group: str, symmetric: bool = True, **kwargs: Any
+        ) -> Tensor:
+            y: Tensor = op(x, weight, bias, group, symmetric=symmetric, **kwargs)
             role = "attn_tp" if group == state.attn_tp.unique_name else "tp"
             if y.numel():  # an idle rank's output has no memory anywhere
                 self.calls.append((role, symmetric, roles[group].contains(y)))
@@ -144,11 +146,11 @@ class Spy:
 
         with_norm = torch.ops.sglang_symm.row_parallel_linear_add_rms_norm
 
-        def spied_with_norm(*args: Any, symmetric: bool = True) -> tuple[Tensor, Tensor]:
+        def spied_with_norm(*args: Any, symmetric: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:
             """What GPUs take: the sum is inside of the op, so it is found by the group's count."""
             name = args[6]
             before = roles[name].info()["outputs_inside"]
-            result: tuple[Tensor, Tensor] = with_norm(*args, symmetric=symmetric)
+            result: tuple[Tensor, Tensor] = with_norm(*args, symmetric=symmetric, **kwargs)
             role = "attn_tp" if name == state.attn_tp.unique_name else "tp"
             if result[0].numel():
                 self.calls.append((role, symmetric, roles[name].info()["outputs_inside"] > before))
