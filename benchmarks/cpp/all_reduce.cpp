@@ -2,8 +2,10 @@
 //
 //   all_reduce [RANKS] [SECONDS_A_SIZE]
 //
-// Ranks are processes. For each size: median and 10th percentile over batches of the slowest rank's time a call, in
-// place, tensors in the arena, for each algorithm. The result is checked in every batch. `make cpp-benchmark` runs it.
+// Ranks are processes, bound to a core each when there are enough, as mpirun binds them. For each size: median and 10th
+// percentile over batches of the slowest rank's time a call, in place, tensors in the arena, for each algorithm. The
+// result is checked in every batch. `make cpp-benchmark` runs it.
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -31,6 +33,20 @@ struct Shared {
   char address[kMaxWorldSize][256];
   double us[kMaxWorldSize][kBatches];
 };
+
+void bind(int rank, int world) {
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof cores, &cores) != 0 || CPU_COUNT(&cores) < world) return;
+  int seen = 0;
+  for (int core = 0; core < CPU_SETSIZE; core++) {
+    if (!CPU_ISSET(core, &cores) || seen++ != rank) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(core, &one);
+    sched_setaffinity(0, sizeof one, &one);
+    return;
+  }
+}
 
 void run_rank(Shared* shared, int rank, int world, double seconds) {
   GroupConfig config;
@@ -108,6 +124,7 @@ int main(int argc, char** argv) {
     const pid_t child = fork();
     if (child == 0) {
       try {
+        bind(rank, world);
         run_rank(shared, rank, world, seconds);
       } catch (const std::exception& error) {
         std::fprintf(stderr, "rank %d: %s\n", rank, error.what());

@@ -56,16 +56,20 @@ class Symm(Peer):
     def prepare(self, case: Case, rank: int, in_place: bool) -> Prepared | None:
         value, name, ops = case.value(rank, self.group.device), self.group.unique_name, torch.ops.sglang_symm
         x = self._empty(value)
+        # Ops are found once, as the empty op's is.
         if case.op == "broadcast":
-            return Prepared(lambda: ops.broadcast_(x, 0, name), x, lambda: x, value) if in_place else None
+            broadcast_ = ops.broadcast_
+            return Prepared(lambda: broadcast_(x, 0, name), x, lambda: x, value) if in_place else None
         if case.op == "all_reduce" and in_place:
-            return Prepared(lambda: ops.all_reduce_(x, name), x, lambda: x, value)
+            all_reduce_ = ops.all_reduce_
+            return Prepared(lambda: all_reduce_(x, name), x, lambda: x, value)
         if in_place:
             return None
         kept: list[torch.Tensor] = []
+        op = getattr(ops, case.op)
 
         def call() -> None:
-            kept[:] = [getattr(ops, case.op)(x, name)]
+            kept[:] = [op(x, name)]
 
         return Prepared(call, x, lambda: kept[0], value)
 
