@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +192,31 @@ def test_a_plot_is_written(tmp_path: Path, rows: list[Row], environment: dict[st
     pytest.importorskip("matplotlib", reason="matplotlib is an extra: pip install sglang_symm[bench]")
     report.plot(rows, str(tmp_path / "plot.png"), environment)
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_end_while_mpi_runs_ends_mpi_too(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """mpicc and mpirun are scripts here: the launcher has a child that would run for minutes."""
+    child = tmp_path / "child"
+    scripts = {
+        "mpicc.openmpi": "exit 0",
+        "mpirun.openmpi": f"sleep 300 & echo $! > {child}.part; mv {child}.part {child}; wait",
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    words = ["-b", "2K", "-e", "2K", "--peers", "openmpi"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-m", "sglang_symm", "bench", *words], env=environment) as bench:
+        deadline = time.monotonic() + 120
+        while not child.exists():
+            assert bench.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        bench.send_signal(number)
+        assert bench.wait(60) == code
+    pid = int(child.read_text())
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not list(tmp_path.glob("sglang_symm-*"))
