@@ -149,6 +149,16 @@ def test_wrong_arguments_end_with_2_and_a_sentence(
     assert shown in capsys.readouterr().err
 
 
+def test_a_plot_without_matplotlib_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command(["bench", "--plot", "rows.png"]) == 2
+    assert "pip install 'sglang_symm[bench]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words", [["-n", "17"], ["-b", "32"], ["-e", "1T"], ["--device", "cuda", "-n", "16", "-b", "8K"]]
 )
@@ -189,7 +199,6 @@ def test_csv_has_a_line_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "environment"), [(ROWS, ENVIRONMENT), (GPU_ROWS, GPU_ENVIRONMENT)])
 def test_a_plot_is_written(tmp_path: Path, rows: list[Row], environment: dict[str, Any]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is an extra: pip install sglang_symm[bench]")
     report.plot(rows, str(tmp_path / "plot.png"), environment)
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
