@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ class Report:
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}
+        self.left = time.monotonic()
         self.held: io.StringIO | None = None
 
     def hold_output(self, config: pytest.Config) -> None:
@@ -42,15 +44,24 @@ class Report:
         order = ["passed", "skipped", "failed"]
         known = self.outcomes.get(report.nodeid, "passed")
         self.outcomes[report.nodeid] = max(known, report.outcome, key=order.index)
+        if time.monotonic() - self.left > 1:  # for a run that is ended, or dies, before its end
+            self.leave()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
 
+    def leave(self) -> None:
+        if RESULTS is not None:
+            part = Path(RESULTS, f"rank{RANK}.part")
+            part.write_text(json.dumps(self.outcomes))
+            part.replace(part.with_suffix(".json"))
+        self.left = time.monotonic()
+
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if RESULTS is None:
             return
-        Path(RESULTS, f"rank{RANK}.json").write_text(json.dumps(self.outcomes))
+        self.leave()
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # a number of ranks that no test asks for
             session.exitstatus = pytest.ExitCode.OK
 

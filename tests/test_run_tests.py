@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -87,6 +88,61 @@ def test_a_part_that_hangs_is_ended_and_is_a_failure(runner: ModuleType) -> None
     assert counts(part) == (0, 1, 0)
     assert "did not end within" in part.note
     assert part.seconds < 50
+
+
+def test_what_was_told_before_a_part_was_ended_counts(runner: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "tests" / "test_some.py").write_text(
+        "import time\ndef test_slow(): time.sleep(1.1)\ndef test_fine(): pass\ndef test_endless(): time.sleep(100)\n"
+    )
+    part = runner.pytest_part("single", "tests")
+    part.limit = 8
+    part.run()
+    assert counts(part) == (1, 1, 0)
+    assert part.note == "did not end within 8 s"
+
+
+SHOW_DEVICES = """
+import os, sys, time
+line = f"{os.environ['CUDA_VISIBLE_DEVICES']} {time.monotonic()} "
+time.sleep(0.5)
+open(sys.argv[1], "a").write(line + f"{time.monotonic()}\\n")
+print("said by a part")
+"""
+
+
+def test_parts_side_by_side_never_share_a_gpu(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
+    times = tmp_path / "times"
+    command = [sys.executable, "-c", SHOW_DEVICES, str(times)]
+    parts = [runner.Part(f"part{i}", command, gpus=gpus) for i, gpus in enumerate([3, 2, 2, 1, 1])]
+    runner.run_side_by_side(parts)
+    assert not any(part.failed for part in parts)
+    assert capfd.readouterr().out.count(":\nsaid by a part\n") == 5
+    runs = [line.split() for line in times.read_text().splitlines()]
+    assert sorted(len(devices.split(",")) for devices, _, _ in runs) == [1, 1, 2, 2, 3]
+    for device in ("0", "3", "5"):
+        mine = sorted((float(begin), float(end)) for devices, begin, end in runs if device in devices.split(","))
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(mine))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "names"),
+    [
+        (1, {"rig2", "rig3", "rig4", "rig6", "rig8"}),
+        (2, {"gpus2", "over2", "rig3", "rig4", "rig6", "rig8"}),
+        (4, {"gpus4", "over4", "gpus3", "gpus2", "over2", "rig6", "rig8"}),
+        (8, {"gpus8", "over8", "gpus6", "gpus4", "gpus3", "gpus2", "over2"}),
+    ],
+)
+def test_the_parts_of_a_machine_with_gpus(
+    runner: ModuleType, gpus: int, names: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    parts = runner.gpu_parts()
+    assert {part.name for part in parts} == names
+    assert all(part.gpus == (1 if part.name.startswith("rig") else part.ranks) for part in parts)
 
 
 def test_the_last_line_is_the_sum_and_a_missing_gtest_is_told_before_it(runner: ModuleType) -> None:

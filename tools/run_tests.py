@@ -1,7 +1,10 @@
 """Runs the tests: C++ unit tests, tests of one process, tests over several ranks, fault tests.
 
     python tools/run_tests.py [part ...]                  parts: cpp single ranks1 ... ranks8 faults (default: all)
-    python tools/run_tests.py --device cuda [part ...]    parts: gpus2 over2 rig3 rig4 rig6; with one GPU: rig2 ...
+    python tools/run_tests.py --device cuda [part ...]    parts: gpus2 over2 rig3 rig4 ...; --list names this machine's
+
+On GPUs parts run side by side, each on GPUs of its own; what a part printed is shown when it has ended. A part that
+takes longer than --limit seconds is ended; what its ranks had told until then counts, and it is a failure.
 
 The last line is the sum over all parts: `N passed, N failed, N skipped`. A test over ranks counts once in each run, as
 failed when it failed on any rank. With CI=true a missing GoogleTest is an error.
@@ -30,7 +33,7 @@ The C++ unit tests were left out: GoogleTest was not found.
 To run them: apt-get install -y libgtest-dev (Debian, Ubuntu), then make test again."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     """One program that runs tests, and what came of it."""
 
@@ -39,36 +42,64 @@ class Part:
     limit: float = 900.0  # seconds
     env: dict[str, str] = field(default_factory=dict)
     ranks: int = 1
+    gpus: int = 0
     passed: int = 0
     failed: int = 0
     skipped: int = 0
     seconds: float = 0.0
     note: str = ""
+    begin: float = 0.0
+    process: subprocess.Popen[bytes] = field(init=False, repr=False)
 
     @property
     def folder(self) -> Path:
         return OUT / self.name
 
-    def run(self) -> None:
-        print(f"\n=== {self.name}: {' '.join(self.command)}", flush=True)
+    def start(self, devices: list[str] | None = None) -> None:
+        """On GPUs, as CUDA_VISIBLE_DEVICES names them: then its output goes to a file."""
+        where = f" (GPU {', '.join(devices)})" if devices else ""
+        print(f"\n=== {self.name}{where}: {' '.join(self.command)}", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         env = {**os.environ, **self.env, "SGLANG_SYMM_TEST_RESULTS": str(self.folder)}
-        start = time.monotonic()
+        out = None
+        if devices:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            out = (self.folder / "output").open("wb")
+        self.begin = time.monotonic()
         # A session of its own: what it started ends with it.
-        process = subprocess.Popen(self.command, cwd=ROOT, env=env, start_new_session=True)
-        try:
-            status = process.wait(self.limit)
-        except subprocess.TimeoutExpired:
-            status, self.note = stop(process), f"did not end within {self.limit:.0f} s"
-        except BaseException:  # Ctrl-C, or a signal to end
-            stop(process)
-            raise
-        self.seconds = time.monotonic() - start
+        self.process = subprocess.Popen(
+            self.command, cwd=ROOT, env=env, stdout=out, stderr=out and subprocess.STDOUT, start_new_session=True
+        )
+        if out is not None:
+            out.close()
+
+    def has_ended(self) -> bool:
+        """Whether it has; it is ended when its time is over, and counted when it has ended."""
+        status = self.process.poll()
+        late = status is None
+        if late:
+            if time.monotonic() - self.begin < self.limit:
+                return False
+            stop(self.process)
+        self.seconds = time.monotonic() - self.begin
         self.count()
-        if status != 0 and self.failed == 0:
+        if late:
+            self.failed += 1
+            self.note = f"did not end within {self.limit:.0f} s"
+        elif status != 0 and self.failed == 0:
             self.failed = 1
             self.note = self.note or f"ended with status {status}"
+        return True
+
+    def run(self) -> None:
+        self.start()
+        try:
+            while not self.has_ended():
+                time.sleep(0.05)
+        except BaseException:  # Ctrl-C, or a signal to end
+            stop(self.process)
+            raise
 
     def count(self) -> None:
         if self.name == "cpp":
@@ -132,40 +163,75 @@ def ranks_part(ranks: int) -> Part:
 def over_gpus(name: str, gpus: int, *tests: str) -> Part:
     part = pytest_part(name, *tests)
     part.command = [*TORCHRUN, f"--nproc-per-node={gpus}", *part.command[1:]]
-    part.ranks = gpus
+    part.ranks = part.gpus = gpus
     return part
 
 
 def on_the_rig(ranks: int, *tests: str) -> Part:
     part = pytest_part(f"rig{ranks}", *tests)
     part.command = [sys.executable, "tools/mps_rig.py", "--ranks", str(ranks), "--", *part.command[1:]]
-    part.ranks = ranks
+    part.ranks, part.gpus = ranks, 1
     return part
 
 
 def gpu_parts() -> list[Part]:
-    """Ranks on the GPUs of this machine, and what needs more ranks on the first of them (tools/mps_rig.py): SmolLM2's
-    heads divide by 3, and attention-TP is neither 1 nor all of TP at 2x2 and 2x3 alone."""
+    """Ranks on GPUs of their own as far as there are; more share one (tools/mps_rig.py): SmolLM2's heads divide by 3,
+    attention-TP is neither 1 nor all of TP at 2x2 and 2x3 alone, and the fused kernels serve 2, 4 and 8 ranks."""
     import torch
 
     gpus = torch.cuda.device_count()
     if gpus == 0:
         raise SystemExit("run_tests: --device cuda, but torch sees no GPU here (nvidia-smi tells why)")
     if gpus > 1:
-        print(f"ranks on {gpus} GPUs; more ranks share the first through MPS (tools/mps_rig.py)", flush=True)
-        distributed = over_gpus(f"over{gpus}", gpus, "tests/distributed")
-        distributed.env = {"SGLANG_SYMM_TEST_DEVICE": "cuda"}
-        parts = [over_gpus(f"gpus{gpus}", gpus, "tests/gpu"), distributed]
+        print(f"up to {gpus} ranks have a GPU each; more share one through MPS (tools/mps_rig.py)", flush=True)
     else:
         print(
             "one GPU: ranks share it through MPS (tools/mps_rig.py). Left out: tests/distributed, whose process group "
             "is NCCL's, and kill tests, which need a GPU a rank",
             flush=True,
         )
-        parts = [on_the_rig(2, "tests/gpu")]
-    models = ("tests/gpu/test_collectives.py", "tests/gpu/test_llama.py")
-    parts += [on_the_rig(3, *models), on_the_rig(4, "tests/gpu"), on_the_rig(6, "tests/gpu/test_llama.py")]
-    return [part for part in parts if part.ranks > gpus or not part.name.startswith("rig")]
+    llama, collectives = "tests/gpu/test_llama.py", "tests/gpu/test_collectives.py"
+    wanted = {2: ["tests/gpu"], 4: ["tests/gpu"], 3: [collectives, llama], 6: [llama]}
+    wanted[8] = [collectives, "tests/gpu/test_fused.py"]
+    wanted.setdefault(gpus, ["tests/gpu"])
+    parts = []
+    for ranks, tests in wanted.items():
+        if ranks > gpus:
+            parts.append(on_the_rig(ranks, *tests))
+        elif ranks > 1:
+            parts.append(over_gpus(f"gpus{ranks}", ranks, *tests))
+            if ranks in (2, gpus):
+                parts.append(over_gpus(f"over{ranks}", ranks, "tests/distributed"))
+                parts[-1].env = {"SGLANG_SYMM_TEST_DEVICE": "cuda"}
+    # The largest first: the small ones fill what is left.
+    return sorted(parts, key=lambda part: -part.gpus)
+
+
+def run_side_by_side(parts: list[Part]) -> None:
+    """Each part on GPUs of its own, as soon as there are enough of them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    free = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    waiting, running = list(parts), list[tuple[Part, list[str]]]()
+    try:
+        while waiting or running:
+            for part in list(waiting):
+                if part.gpus <= len(free):
+                    waiting.remove(part)
+                    devices = [free.pop(0) for _ in range(part.gpus)]
+                    part.start(devices)
+                    running.append((part, devices))
+            for part, devices in list(running):
+                if part.has_ended():
+                    running.remove((part, devices))
+                    free += devices
+                    print(f"\n--- {part.name}:\n{(part.folder / 'output').read_text(errors='replace')}", flush=True)
+            time.sleep(0.05)
+    except BaseException:  # Ctrl-C, or a signal to end
+        for part, _ in running:
+            stop(part.process)
+        raise
 
 
 def all_parts(device: str) -> list[Part]:
@@ -198,20 +264,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--limit", type=float, metavar="S", help="end a part after S seconds (default: 900)")
+    parser.add_argument("--list", action="store_true", help="name the parts and what they run")
     args = parser.parse_args()
     parts = all_parts(args.device)
     unknown = set(args.parts) - {part.name for part in parts}
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: expected {', '.join(part.name for part in parts)}")
     parts = [part for part in parts if not args.parts or part.name in args.parts]
+    if args.list:
+        print("\n".join(f"{part.name:10}{' '.join(part.command)}" for part in parts))
+        return 0
+    for part in parts:
+        part.limit = args.limit or part.limit
     gtest_missing = any(part.name == "cpp" for part in parts) and not has_gtest()
     if gtest_missing:
         if os.environ.get("CI") == "true":
             print(NO_GTEST, file=sys.stderr)
             return 1
         parts = [part for part in parts if part.name != "cpp"]
-    for part in parts:
-        part.run()
+    if args.device == "cuda":
+        run_side_by_side(parts)
+    else:
+        for part in parts:
+            part.run()
     print("\n" + summary(parts, gtest_missing), flush=True)
     return 1 if any(part.failed for part in parts) else 0
 
