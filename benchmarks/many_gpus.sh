@@ -7,7 +7,7 @@
 #   bench     all_reduce, reduce_scatter, all_gather from 2 KB to 256 MB beside NCCL, its window, torch's symmetric memory
 #   linear    row_parallel_linear at Llama-3-70B shapes, 1 to 2048 tokens
 #   tune      the tuning table of P ranks
-#   layers    a decode step and a prefill of Llama-3-70B's layers, as many as fit
+#   layers    a decode step and a prefill of Llama-3-70B's layers, as many as fit (P = 2: of Llama-3-8B)
 #   smollm2   SmolLM2's tokens against transformers, when SMOLLM2 names its .gguf file
 #
 # $OUT receives summary.log (what every step printed, and how it ended), figures as plots, and many_gpus.tar.gz with the
@@ -73,7 +73,8 @@ if wanted linear; then
     tokens=(1 16 64 256 2048) repeats=15
     ((QUICK)) && tokens=(1 256) repeats=4
     run_ranks linear 70 "$P" benchmarks/row_parallel_linear.py --shapes "8192x$((8192 / P))" "8192x$((28672 / P))" \
-        --tokens "${tokens[@]}" --repeats $repeats --json "$work/row_parallel_linear.json"
+        --tokens "${tokens[@]}" --repeats $repeats \
+        --json "$work/row_parallel_linear.json" --plot "$OUT/row_parallel_linear.png"
 fi
 if wanted tune; then
     range=(-b 1K -e 64M --rounds 7)
@@ -89,10 +90,12 @@ if wanted tests; then
 fi
 if wanted layers; then
     # 0.43 GB of weights a layer at P = 4; all 80 fit from there on, with the caches of 64 sequences.
-    layers=$((P >= 4 ? 80 : 56)) size=(--batches 1 16 64 --prefill 2048 --repeats 9 --calls 3)
+    shape=70b layers=80
+    ((P >= 4)) || shape=8b layers=32
+    size=(--batches 1 16 64 --prefill 2048 --repeats 9 --calls 3)
     ((QUICK)) && layers=2 size=(--batches 1 --prefill 256 --repeats 3 --calls 2)
-    run_ranks layers 100 "$P" benchmarks/llama_decode.py --shape 70b --layers "$layers" "${size[@]}" \
-        --json "$work/llama_70b.json"
+    run_ranks layers 100 "$P" benchmarks/llama_decode.py --shape $shape --layers $layers "${size[@]}" \
+        --json "$work/llama_$shape.json"
 fi
 if wanted smollm2 && [[ -n "${SMOLLM2:-}" ]]; then
     ask=(--device cuda --prompt "What is gravity?" --max-new-tokens 32 --compare-transformers)

@@ -90,6 +90,15 @@ def test_a_part_that_hangs_is_ended_and_is_a_failure(runner: ModuleType) -> None
     assert part.seconds < 50
 
 
+@pytest.mark.parametrize(("status", "expected"), [(0, (1, 0, 0)), (3, (0, 1, 0))])
+def test_the_status_of_a_program_counts_as_one_test(
+    runner: ModuleType, status: int, expected: tuple[int, int, int]
+) -> None:
+    part = runner.Part("memcheck2", [sys.executable, "-c", f"raise SystemExit({status})"], program=True)
+    part.run()
+    assert counts(part) == expected
+
+
 def test_what_was_told_before_a_part_was_ended_counts(runner: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "tests" / "test_some.py").write_text(
         "import time\ndef test_slow(): time.sleep(1.1)\ndef test_fine(): pass\ndef test_endless(): time.sleep(100)\n"
@@ -141,8 +150,10 @@ def test_the_parts_of_a_machine_with_gpus(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     parts = runner.gpu_parts()
-    assert {part.name for part in parts} == names
-    assert all(part.gpus == (1 if part.name.startswith("rig") else part.ranks) for part in parts)
+    unasked = [part for part in parts if part.unasked]
+    assert {part.name for part in unasked} == names
+    assert all(part.gpus == (1 if part.name.startswith("rig") else part.ranks) for part in unasked)
+    assert all(part.gpus <= gpus for part in parts)
 
 
 def test_the_last_line_is_the_sum_and_a_missing_gtest_is_told_before_it(runner: ModuleType) -> None:

@@ -379,7 +379,8 @@ def start(mutant: CudaMutant, target: Path, log: Path, gpu: int) -> list[subproc
     }
     with open(log, "wb") as output:
         if mutant.ranks > 2:
-            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+            env["CUDA_VISIBLE_DEVICES"] = visible[gpu]
             command = [sys.executable, "tools/mps_rig.py", "--ranks", str(mutant.ranks), "--", *pytest]
             return [subprocess.Popen(command, cwd=target, env=env, stdout=output, stderr=output)]
         with socket.socket() as probe:

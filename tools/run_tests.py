@@ -1,7 +1,8 @@
 """Runs the tests: C++ unit tests, tests of one process, tests over several ranks, fault tests.
 
     python tools/run_tests.py [part ...]                  parts: cpp single ranks1 ... ranks8 faults (default: all)
-    python tools/run_tests.py --device cuda [part ...]    parts: gpus2 over2 rig3 rig4 ...; --list names this machine's
+    python tools/run_tests.py --device cuda [part ...]    parts: gpus2 over2 rig3 rig4 ...; --list names this machine's,
+                                                          and those that run only when they are named
 
 On GPUs parts run side by side, each on GPUs of its own; what a part printed is shown when it has ended. A part that
 takes longer than --limit seconds is ended; what its ranks had told until then counts, and it is a failure.
@@ -43,6 +44,8 @@ class Part:
     env: dict[str, str] = field(default_factory=dict)
     ranks: int = 1
     gpus: int = 0
+    unasked: bool = True  # runs when no part is named
+    program: bool = False  # no tests of its own: its status counts as one
     passed: int = 0
     failed: int = 0
     skipped: int = 0
@@ -87,6 +90,8 @@ class Part:
         if late:
             self.failed += 1
             self.note = f"did not end within {self.limit:.0f} s"
+        elif status == 0 and self.program:
+            self.passed = 1
         elif status != 0 and self.failed == 0:
             self.failed = 1
             self.note = self.note or f"ended with status {status}"
@@ -204,7 +209,20 @@ def gpu_parts() -> list[Part]:
                 parts.append(over_gpus(f"over{ranks}", ranks, "tests/distributed"))
                 parts[-1].env = {"SGLANG_SYMM_TEST_DEVICE": "cuda"}
     # The largest first: the small ones fill what is left.
-    return sorted(parts, key=lambda part: -part.gpus)
+    return sorted(parts, key=lambda part: -part.gpus) + (long_parts() if gpus > 1 else [])
+
+
+def long_parts() -> list[Part]:
+    """Proofs over two GPUs that take minutes."""
+    calls = over_gpus("long2", 2, "tests/gpu/test_fused_proof.py", "-s")
+    calls.env = {"SGLANG_SYMM_TEST_FUSED_CALLS": "1000000", "SGLANG_SYMM_TEST_FUSED_SECONDS": "240"}
+    reports = ["--reports", str(OUT / "memcheck2")]
+    memcheck = [sys.executable, "tests/gpu/small_calls.py", "--sanitizer", "memcheck", *reports]
+    mutants = [sys.executable, "tools/mutants_cuda.py", "run", "build/mutants_cuda"]
+    parts = [calls, Part("memcheck2", memcheck, gpus=2, program=True), Part("mutants2", mutants, gpus=2, program=True)]
+    for part in parts:
+        part.unasked = False
+    return parts
 
 
 def run_side_by_side(parts: list[Part]) -> None:
@@ -271,9 +289,10 @@ def main() -> int:
     unknown = set(args.parts) - {part.name for part in parts}
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: expected {', '.join(part.name for part in parts)}")
-    parts = [part for part in parts if not args.parts or part.name in args.parts]
+    parts = [part for part in parts if (part.name in args.parts if args.parts else part.unasked)]
     if args.list:
-        print("\n".join(f"{part.name:10}{' '.join(part.command)}" for part in parts))
+        for part in parts:
+            print(f"{part.name:10}{'' if part.unasked else '(when named) '}{' '.join(part.command)}")
         return 0
     for part in parts:
         part.limit = args.limit or part.limit
