@@ -93,11 +93,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.tp < 1 or args.attention_dp < 1 or args.tp % args.attention_dp:
-        raise ValueError(f"--tp {args.tp} does not divide by --attention-dp {args.attention_dp}")
-    for flag, value in (("--max-batch", args.max_batch), ("--max-len", args.max_len), ("--arena-mib", args.arena_mib)):
+    for option in ("tp", "attention_dp", "max_batch", "max_len", "arena_mib"):
+        value = getattr(args, option)
         if value is not None and not 1 <= value < 1 << 40:
-            raise ValueError(f"expected {flag} at least 1, got {value}")
+            raise ValueError(f"expected --{option.replace('_', '-')} at least 1, got {value}")
+    if args.tp % args.attention_dp:
+        raise ValueError(f"--tp {args.tp} does not divide by --attention-dp {args.attention_dp}")
     checked_device(args.device)
     _params(args)
     if args.compare_transformers and (args.temperature > 0 or args.dtype != "float32"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sglang_symm import tuning
-from sglang_symm.bench import arena_bytes, check_gpus, check_output, commit, machine, make_clocks
+from sglang_symm.bench import arena_bytes, check_gpus, check_output, commit, machine, make_clocks, number_of_ranks
 from sglang_symm.bench.cases import DTYPES, Case, format_bytes, parse_bytes, sizes
 from sglang_symm.bench.peers import Symm
 from sglang_symm.bench.ranks import World, measure
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `tune`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument(
-        "-n", "--nproc", type=int, default=2, help="ranks; started here unless torchrun did (default 2)"
+        "-n", "--nproc", type=int, help="ranks; started here unless torchrun did (default 2, or torchrun's)"
     )
     parser.add_argument("-b", "--begin", metavar="BYTES", help="smallest size (default 256 on cpu, 1K on cuda)")
     parser.add_argument("-e", "--end", metavar="BYTES", help="largest size (default 8M on cpu, 64M on cuda)")
@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if a result was wrong; 2 for wrong arguments; a failed rank's own code otherwise."""
     begin, end, dtypes = DEFAULTS[args.device]
     try:
+        args.nproc = number_of_ranks(args.nproc)
         wanted = sizes(parse_bytes(args.begin or begin), parse_bytes(args.end or end), 2)
         args.sweeps = (3 if args.device == "cpu" else 1) if args.sweeps is None else args.sweeps
         if (

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -99,17 +100,18 @@ def find(device: str, world_size: int, tables: str = "") -> Tuning:
         device: "cpu", or the GPU's name as torch.cuda.get_device_name gives it.
         tables: a table's file, or a folder of them, asked before those kept with the package; ``built-in``: no table.
 
-    A table of another device or number of ranks is passed over. Raises ValueError for a path that is none, and for a
-    file that is no table.
+    A table of another device or number of ranks is passed over, with a warning where it was named itself. Raises
+    ValueError for a path that is none, and for a file that is no table.
     """
     if tables == BUILT_IN_NAME:
         return BUILT_IN
     candidates = [KEPT / file_name(device, world_size)]
     if tables:
         given = Path(tables).expanduser()
-        if not given.exists():
+        if not given.is_dir() and not given.is_file():
+            found = "what is neither" if given.exists() else "nothing there"
             raise ValueError(
-                f"sglang_symm: expected a tuning table or a folder of them at {tables!r}, got nothing there "
+                f"sglang_symm: expected a tuning table or a folder of them at {tables!r}, got {found} "
                 "(tables=, SGLANG_SYMM_TABLES; made by python -m sglang_symm tune)"
             )
         candidates.insert(0, given / file_name(device, world_size) if given.is_dir() else given)
@@ -119,6 +121,11 @@ def find(device: str, world_size: int, tables: str = "") -> Tuning:
         table = _load(str(path), path.stat().st_mtime_ns)
         if (table.device, table.world_size) == (device, world_size):
             return Tuning(path.name, table.text)
+        warnings.warn(
+            f"sglang_symm: tuning table {path} is of {table.world_size} ranks of {table.device}, so a group of "
+            f"{world_size} ranks of {device} does not use it",
+            stacklevel=2,
+        )
     return BUILT_IN
 
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-e", "--end", default="32M", metavar="BYTES", help="largest size (default 32M)")
     parser.add_argument("-f", "--factor", type=int, default=4, help="from one size to the next (default 4)")
     parser.add_argument(
-        "-n", "--nproc", type=int, default=2, help="ranks; started here unless torchrun did (default 2)"
+        "-n", "--nproc", type=int, help="ranks; started here unless torchrun did (default 2, or torchrun's)"
     )
     parser.add_argument("--op", choices=OPS, action="append", help="again for more (default all_reduce)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default float32 on cpu, bfloat16 on cuda")
@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if a result was wrong; 2 for wrong arguments; a failed rank's own code otherwise."""
     try:
+        args.nproc = number_of_ranks(args.nproc)
         wanted = sizes(parse_bytes(args.begin), parse_bytes(args.end), args.factor)
         if args.rounds < 1 or not 0 < args.seconds < 1e6 or not 2 <= args.nproc <= 16 or args.calls < 1:
             raise ValueError(
@@ -108,6 +109,16 @@ def main(args: argparse.Namespace) -> int:
         return 128 + signal.SIGINT
     finally:
         restore()
+
+
+def number_of_ranks(nproc: int | None) -> int:
+    """--nproc, or the launcher's. Raises ValueError when both are told and differ."""
+    if not under_launcher():
+        return 2 if nproc is None else nproc
+    launched = int(os.environ["WORLD_SIZE"])
+    if nproc not in (None, launched):
+        raise ValueError(f"expected --nproc {launched}, as many ranks as were started, or none, got {nproc}")
+    return launched
 
 
 def check_output(path: str) -> None:

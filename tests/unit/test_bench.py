@@ -149,6 +149,16 @@ def test_wrong_arguments_end_with_2_and_a_sentence(
     assert shown in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", ["bench", "tune"])
+def test_a_number_of_ranks_that_the_launcher_did_not_start_is_refused(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert command([program, "-n", "3"]) == 2
+    assert "expected --nproc 4, as many ranks as were started, or none, got 3" in capsys.readouterr().err
+
+
 def test_a_plot_without_matplotlib_is_refused_before_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,8 @@ def test_a_difference_from_transformers_is_exit_code_1(folder: Path, tmp_path: P
     ("words", "message"),
     [
         (["--tp", "3", "--attention-dp", "2"], "--tp 3 does not divide by --attention-dp 2"),
+        (["--tp", "0"], "expected --tp at least 1, got 0"),
+        (["--attention-dp", "-1"], "expected --attention-dp at least 1, got -1"),
         (["--temperature", "1", "--compare-transformers"], "expected --temperature 0 --dtype float32"),
         (["--device", "junk"], "expected device to be cpu, cuda or cuda:N, got 'junk'"),
         (["--device", "meta"], "expected device to be cpu, cuda or cuda:N, got 'meta'"),

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,13 @@ def test_a_folder_is_searched_by_device_and_world_size(tmp_path: Path) -> None:
     assert find("A GPU", 4, str(tmp_path)) == tuning.BUILT_IN
 
 
-def test_a_file_of_another_device_or_world_size_is_passed_over(tmp_path: Path) -> None:
+def test_a_file_of_another_device_or_world_size_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "table.json", document())
     assert find("cpu", 3, str(path)).source == "table.json"
-    assert find("another", 3, str(path)) == tuning.BUILT_IN
-    assert find("cpu", 13, str(path)) == tuning.BUILT_IN
+    with pytest.warns(UserWarning, match=r"table\.json is of 3 ranks of cpu, so a group of 3 ranks of another"):
+        assert find("another", 3, str(path)) == tuning.BUILT_IN
+    with pytest.warns(UserWarning, match="so a group of 13 ranks of cpu does not use it"):
+        assert find("cpu", 13, str(path)) == tuning.BUILT_IN
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
@@ -71,6 +74,9 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
 def test_a_path_that_is_none_is_an_error_that_names_the_variable(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.*got nothing there.*SGLANG_SYMM_TABLES"):
         find("cpu", 2, str(tmp_path / "nowhere"))
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match=r"fifo.*got what is neither"):
+        find("cpu", 2, str(tmp_path / "fifo"))
 
 
 def choice_with(ladder: Any) -> dict[str, Any]:
