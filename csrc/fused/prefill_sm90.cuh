@@ -27,16 +27,20 @@
 
 namespace sglang_symm::device {
 
-// What cannot be had is NaN. All threads; every CTA's tiles are all of y on every rank.
+// What cannot be had is NaN. All threads. A CTA waits for what the CTAs of its number sum, here and (in the closing
+// barrier) on every other rank: those tiles are its to fill. Together they are all of y.
 template <class T>
 __device__ __forceinline__ void fill_tiles(const PrefillCuda& a, const PrefillSchedule<T>& schedule) {
   constexpr int kRowChunks = T::kTileN / 8;
+  const int visits = schedule.visits();
 #pragma unroll 1
-  for (int visit = 0; visit < schedule.visits(); visit++) {
-    const PrefillPlace at = schedule.place(visit);
+  for (int i = 0; i < visits * a.call.world_size; i++) {
+    const int rank = i / visits;
+    const PrefillPlace at = schedule.place_on(rank, i % visits);
+    if (at.owner != rank) continue;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < T::kTileM * kRowChunks; i += T::kThreads) {
-      const int row = at.token + i / kRowChunks, column = at.column + 8 * (i % kRowChunks);
+    for (int j = threadIdx.x; j < T::kTileM * kRowChunks; j += T::kThreads) {
+      const int row = at.token + j / kRowChunks, column = at.column + 8 * (j % kRowChunks);
       if (row >= a.m || column >= a.n) continue;
       auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(row) * a.n + column;
       *reinterpret_cast<uint4*>(y) = all_bits_set();

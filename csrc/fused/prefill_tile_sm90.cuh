@@ -46,9 +46,11 @@ struct PrefillSchedule {
     const int clusters = static_cast<int>(gridDim.x) / 2, first = static_cast<int>(blockIdx.x) / 2;
     return (all() - first + clusters - 1) / clusters;
   }
-  __device__ __forceinline__ PrefillPlace place(int visit) const {
+  __device__ __forceinline__ PrefillPlace place(int visit) const { return place_on(a.call.rank, visit); }
+  // What the same CTA of another rank visits; grids are equal on all ranks.
+  __device__ __forceinline__ PrefillPlace place_on(int rank, int visit) const {
     const int clusters = static_cast<int>(gridDim.x) / 2;
-    int t = static_cast<int>(blockIdx.x) / 2 + visit * clusters + min((a.call.rank + 1) * a.share, all());
+    int t = static_cast<int>(blockIdx.x) / 2 + visit * clusters + min((rank + 1) * a.share, all());
     if (t >= all()) t -= all();
     const int band = t / (kBand * a.tiles_n), rows = min(kBand, a.tiles_m - band * kBand);
     const int inside = t - band * kBand * a.tiles_n;
