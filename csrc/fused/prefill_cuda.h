@@ -12,7 +12,7 @@ namespace sglang_symm {
 struct PrefillCuda {
   CallCuda call;        // the descriptor's dtype is bfloat16 or float16; not one_shot: offset_out is y's in the arena
   void* y;              // [m, n], contiguous, 16-byte aligned
-  const void* bias;     // [n], or nullptr
+  const void* bias;     // [n], 4-byte aligned, or nullptr
   const void* partial;  // this rank's product [m, n], where the copy engine does not take its operands; else nullptr
   int m, n;
   int k_steps;  // stages of 64 columns

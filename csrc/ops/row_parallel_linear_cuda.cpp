@@ -59,6 +59,11 @@ struct Operands {
   const void* partial_data() const { return partial.defined() ? partial.const_data_ptr() : nullptr; }
 };
 
+// The prefill kernel reads a bias in words of two elements; a view may begin in the middle of one.
+at::Tensor whole_words(const at::Tensor& bias) {
+  return bias.defined() && !is_aligned(bias) ? bias.clone() : bias;
+}
+
 struct Call {
   Group& group;
   CollectivesCuda& collectives;
@@ -122,6 +127,7 @@ bool prefill(const Call& c) {
   // an all-reduce, K = 14336 119 for 114). How a rank multiplies is its own affair, as its part of k is.
   constexpr int64_t kLong = 8192;
   const Operands operands(c.x, c.weight, config->one_shot && c.x.size(1) > kLong);
+  const at::Tensor bias = whole_words(c.bias);
   // Two-shot sends y to every rank's arena; elsewhere it is copied from there. One-shot stores it here alone.
   const size_t bytes = c.out.nbytes();
   const auto place = is_aligned(c.out) ? c.group.arena()->offset_of(c.out.const_data_ptr(), bytes) : std::nullopt;
@@ -142,7 +148,7 @@ bool prefill(const Call& c) {
       args.call.offset_out = place ? *place + start : layout.staging_out;
       args.y = args.call.window[args.call.rank] + args.call.offset_out;
     }
-    args.bias = c.bias.defined() ? c.bias.const_data_ptr() : nullptr;
+    args.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
     args.m = static_cast<int>(count);
     args.n = static_cast<int>(n);
     args.partial = operands.partial.defined() ? operands.partial[begin].const_data_ptr() : nullptr;

@@ -164,13 +164,13 @@ def test_any_strides_and_alignment(shared_group, rank, size):
     columns = torch.full((k, m), 0.0, dtype=w.dtype, device="cuda")
     columns.copy_(x.t())
     shifted = torch.zeros(m * k + 1, dtype=x.dtype, device="cuda")[1:].view(m, k).copy_(x)
+    biases = [case.bias, torch.zeros(n + 1, dtype=x.dtype, device="cuda")[1:].copy_(case.bias)]
     # Ranks lie differently, and all are right.
     weights = [strided[:, :k], odd[:, 1 : k + 1], w.t().contiguous().t(), w]
     tokens = [x, columns.t(), shifted, x.view(2, 3, k)]
     for i in range(8):
-        y = linear(
-            tokens[(i + rank) % 4], weights[(i // 2 + 3 * rank) % 4], case.bias, shared_group, static_weight=True
-        )
+        bias = biases[(i + rank) % 2]
+        y = linear(tokens[(i + rank) % 4], weights[(i // 2 + 3 * rank) % 4], bias, shared_group, static_weight=True)
         assert same(y.view(m, n), want)
     out = torch.zeros(m * n + 1, dtype=x.dtype, device="cuda")[1:].view(m, n)
     torch.ops.sglang_symm.row_parallel_linear_out(x, w, case.bias, shared_group.unique_name, out)
