@@ -149,7 +149,9 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
 #pragma unroll
     for (int c = 0; c < T::kChunks; c++) {
       if (!comes(c)) continue;
-      const uint4 v = end.chunk(at, d, c);
+      uint4 v = end.chunk(at, d, c);
+      // The library may round to any NaN, also to one that makes the sentinel.
+      if (a.partial != nullptr) v = sendable<typename T::Type>(v);
 #pragma unroll 1
       for (int step = 1; step < s.call.world_size; step++) store_slot(slot(s.peer(step), s.call.rank, c), v);
     }
