@@ -30,7 +30,7 @@ constexpr Row kDecode[] = {
     {8, 64, 128, 64, 1, 6, 8, true, kAny},  //
 };
 
-// What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 192
+// What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 191
 // tokens, because tiles hold 256; 257 to 900, where tiles of 256 rows leave SMs idle and those of 128 are slower by
 // product.
 struct PrefillRow {

@@ -81,6 +81,8 @@ TEST(PrefillConfig, FollowsTheTable) {
   const Row rows[] = {
       {{64, 8192, 2, 132}, ""},
       {{128, 8192, 2, 132}, ""},
+      {{191, 8192, 2, 132}, ""},  // a quarter of the products and more would be of nothing
+      {{192, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{200, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{256, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{300, 8192, 2, 132}, ""},  // half of the products would be of nothing
