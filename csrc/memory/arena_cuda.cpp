@@ -157,7 +157,12 @@ void ArenaCuda::wake(cudaStream_t waiting) {
 }
 
 bool ArenaCuda::record(Resting* block) {
-  if (capture_of(block->stream)) return false;
+  // Deleters ask too, and must not raise: when CUDA only repeats an older failure, the block rests for good.
+  try {
+    if (capture_of(block->stream)) return false;
+  } catch (const Error&) {
+    return false;
+  }
   if (cudaEventCreateWithFlags(&block->event, cudaEventDisableTiming) != cudaSuccess) {
     (void)cudaGetLastError();
     block->event = nullptr;
