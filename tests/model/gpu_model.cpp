@@ -38,7 +38,7 @@ using Mask = unsigned __int128;
 
 // --- what is modelled -----------------------------------------------------------------------------------------------
 
-enum class Kind : uint8_t { one_shot, two_shot, direct, copy, zero, fused, fused_two_shot };
+enum class Kind : uint8_t { one_shot, two_shot, direct, copy, zero, fused, fused_two_shot, prefill };
 constexpr const char* kKinds[] = {
     "one_shot",  // sentinel slots; between two ranks two chunks, of one CTA each
     "two_shot",  // partials to their owner, sums to everybody: sentinel slots, too
@@ -48,6 +48,7 @@ constexpr const char* kKinds[] = {
     "zero",      // headers alone: a barrier, 0 elements, what the process group will do. One CTA
     "fused",     // the decode kernel, one-shot: two tiles between two ranks, else one
     "fused_two_shot",  // the decode kernel, two-shot: results are collected one tile late
+    "prefill",  // the prefill kernel, two-shot: partials and their flags to the owner, sums to everybody, done flags
 };
 
 struct Fault {
@@ -91,6 +92,7 @@ enum class Mutant : uint8_t {
   deadline_ignored,
   death_unnoticed,
   descriptors_not_compared,
+  flag_before_partial,
   one_buffer_of_results,  // (a variant that holds)
 };
 constexpr const char* kMutants[] = {
@@ -119,6 +121,7 @@ constexpr const char* kMutants[] = {
     "the deadline is never looked at",
     "a death is not told to the devices",
     "descriptors are not compared",
+    "the flag of a partial is raised before it has arrived",
     "(holds) one buffer for the results of both parities",
 };
 static_assert(std::size(kMutants) == static_cast<size_t>(Mutant::one_buffer_of_results) + 1);
@@ -140,6 +143,8 @@ struct Layout {
   int header(int d, int s, int parity) const { return (d * kMaxRanks + s) * 2 + parity; }
   int copy(int d, int s, int parity) const { return kCopies + (d * kMaxRanks + s) * 2 + parity; }
   int done(int d, int s, int parity) const { return kDone + (d * kMaxRanks + s) * 2 + parity; }
+  // Staging memory has one for both parities.
+  int partial(int d, int s) const { return kPartials + (d * kMaxRanks + s) * 2; }
   int tensor(int r, int share) const { return kTensors + r * kMaxRanks + share; }
   // The slots of all kinds of calls lie at the same place, cut in their own ways.
   int slot(int d, int parity, int i) const { return kSlots + (d * 2 + parity) * kSlotWords + i; }
@@ -151,7 +156,8 @@ struct Layout {
     };
     if (word < kCopies) return pair("header", word);
     if (word < kDone) return pair("copy", word - kCopies);
-    if (word < kTensors) return pair("done", word - kDone);
+    if (word < kPartials) return pair("done", word - kDone);
+    if (word < kTensors) return pair("partial", word - kPartials);
     if (word < kSlots) {
       return "tensor of rank " + std::to_string((word - kTensors) / kMaxRanks) + ", share " +
              std::to_string((word - kTensors) % kMaxRanks);
@@ -162,7 +168,8 @@ struct Layout {
   }
 
   static constexpr int kPairs = 2 * kMaxRanks * kMaxRanks, kSlotWords = 2 * kMaxRanks * kTiles;
-  static constexpr int kCopies = kPairs, kDone = 2 * kPairs, kTensors = 3 * kPairs;
+  static constexpr int kCopies = kPairs, kDone = 2 * kPairs, kPartials = 3 * kPairs;
+  static constexpr int kTensors = 4 * kPairs;
   static constexpr int kSlots = kTensors + kMaxRanks * kMaxRanks;
   static constexpr int kWords = kSlots + 2 * kMaxRanks * kSlotWords;
   int ranks;
@@ -234,6 +241,7 @@ class Writer {
       if (kind == Kind::copy) copy();
       if (kind == Kind::fused) fused();
       if (kind == Kind::fused_two_shot) fused_two_shot();
+      if (kind == Kind::prefill) prefill();
       base_ = begin_ = bit(add(Act::end, 0, 0, program_.of_call[call_] | base_, {}));
     }
     program_.begin[call_] = program_.ops.size();
@@ -284,7 +292,8 @@ class Writer {
     each_peer([&](int s) { words.push_back(at_.header(me_, s, parity)); });
     if (mutant(Mutant::last_peer_not_awaited)) words.pop_back();
     // Direct algorithms: every CTA awaits them as a whole.
-    const int index = add(Act::await, kind == Kind::direct ? kWorker : kSignal, call_, 0, words);
+    const bool whole = kind == Kind::direct || kind == Kind::prefill;
+    const int index = add(Act::await, whole ? kWorker : kSignal, call_, 0, words);
     program_.ops[index].compares = true;
     headers_ = bit(index);
   }
@@ -338,9 +347,15 @@ class Writer {
 
   void direct() {
     const Mask after = headers_;
-    std::vector<int> inputs, dones;
+    std::vector<int> inputs;
     for (int r = 0; r < config_.ranks; r++) inputs.push_back(at_.tensor(r, me_));
     const Mask read = bit(add(Act::read, kWorker, input_of(call_), after | filled_, inputs));
+    write_share_and_close(read);
+  }
+
+  // This rank's share of everybody's tensor, then the closing barrier.
+  void write_share_and_close(Mask read) {
+    std::vector<int> dones;
     Mask written = 0;
     for (int r = 0; r < config_.ranks; r++) {
       written |= bit(add(Act::write, kWorker, result_of(call_), read, {at_.tensor(r, me_)}));
@@ -352,6 +367,21 @@ class Writer {
     });
     each_peer([&](int s) { dones.push_back(at_.done(me_, s, parity)); });
     if (!mutant(Mutant::no_done_wait)) add(Act::await, kWorker, call_, written, dones);
+  }
+
+  // The words of a share are a tile. Its owner waits for flags in the slots and reads the partials, which have no
+  // parity.
+  void prefill() {
+    each_peer([&](int d) {
+      const Mask sent = bit(add(Act::send, kWorker, call_, headers_, {at_.partial(d, me_)}));
+      push(kWorker, mutant(Mutant::flag_before_partial) ? headers_ : sent, at_.slot(d, slot_parity(), me_));
+    });
+    std::vector<int> flags, partials;
+    each_peer([&](int s) { flags.push_back(at_.slot(me_, slot_parity(), s)); });
+    each_peer([&](int s) { partials.push_back(at_.partial(me_, s)); });
+    const int taken = take(kWorker, headers_, flags);
+    re_arm(kWorker, taken, flags);
+    write_share_and_close(bit(add(Act::read, kWorker, call_, bit(taken), partials)));
   }
 
   void copy() {
@@ -695,9 +725,11 @@ class Machine {
     if (state.failed[r] != 0 && (state.record & mine) == 0) violate(r, "gave up, and nobody is told");
     const bool odd_call = config_.odd_rank >= 0 && op.call == 2;
     if (odd_call && !broken) violate(r, "returns from call 2, in which ranks disagree");
-    if (broken && config_.calls[op.call - 1] == Kind::direct) {
+    const Kind kind = config_.calls[op.call - 1];
+    const bool has_tensor = kind == Kind::direct || kind == Kind::prefill;
+    if (broken && has_tensor) {
       for (int i = 0; i < config_.ranks; i++) state.now[at_.tensor(r, i)] = kSpoiled;
-    } else if (config_.calls[op.call - 1] == Kind::direct && !odd_call) {
+    } else if (has_tensor && !odd_call) {
       for (int i = 0; i < config_.ranks; i++) {
         // A peer gave up after it had sent its done flag. Then there is a status, which every host reads before it
         // believes what a kernel has left.

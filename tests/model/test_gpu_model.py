@@ -29,6 +29,11 @@ ALL = SMALL + ",fused,fused_two_shot"
         (3, "--calls fused_two_shot,zero,fused_two_shot --in-order"),
         (4, "--calls one_shot,direct,copy --in-order"),
         (4, "--calls two_shot,fused --in-order"),
+        (2, f"--any {ALL},prefill --length 2 --in-order"),
+        (2, "--any prefill,one_shot,direct,zero --length 3 --in-order"),
+        (2, "--calls prefill,prefill,prefill"),
+        (3, "--any prefill,direct,fused --length 2 --in-order"),
+        (4, "--calls prefill,prefill --in-order"),
     ],
 )
 def test_in_every_order_each_kernel_finds_its_own_data(
@@ -46,6 +51,8 @@ def test_in_every_order_each_kernel_finds_its_own_data(
         (3, "--any one_shot,direct,zero --length 2 --in-order"),
         (3, "--calls fused_two_shot,zero --in-order"),
         (4, "--calls one_shot,zero --in-order"),
+        (2, "--any prefill,direct,one_shot --length 2"),
+        (3, "--calls prefill,zero --in-order"),
     ],
 )
 def test_a_late_rank_returns_right_data_or_there_is_a_status(
@@ -57,7 +64,12 @@ def test_a_late_rank_returns_right_data_or_there_is_a_status(
 @pytest.mark.parametrize("fault", ["death", "stopped"])
 @pytest.mark.parametrize(
     ("ranks", "options"),
-    [(2, f"--any {SMALL} --length 2 --in-order"), (3, "--calls one_shot,direct,zero --in-order")],
+    [
+        (2, f"--any {SMALL} --length 2 --in-order"),
+        (3, "--calls one_shot,direct,zero --in-order"),
+        (2, "--calls prefill,prefill --in-order"),
+        (3, "--calls prefill,zero --in-order"),
+    ],
 )
 def test_a_rank_that_stops_anywhere_keeps_no_kernel_waiting(
     gpu_checker: Path, counts: list[str], ranks: int, options: str, fault: str
@@ -66,7 +78,7 @@ def test_a_rank_that_stops_anywhere_keeps_no_kernel_waiting(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "options"), [(2, f"--any {ALL} --length 2"), (3, f"--any {SMALL} --length 2 --in-order")]
+    ("ranks", "options"), [(2, f"--any {ALL},prefill --length 2"), (3, f"--any {SMALL} --length 2 --in-order")]
 )
 def test_nobody_returns_from_a_call_in_which_ranks_disagree(
     gpu_checker: Path, counts: list[str], ranks: int, options: str
@@ -114,6 +126,10 @@ MUTANTS = [
     ("one parity for all copies", 2, "copy,copy", "none", "overwrites copy.* of call 1"),
     ("done flags are sent without a fence", 2, "direct", "none", "without the result"),
     ("no done flag is awaited", 2, "direct,direct", "none", "without the result"),
+    ("done flags are sent without a fence", 2, "prefill", "none", "without the result"),
+    ("no done flag is awaited", 2, "prefill,prefill", "none", "without the result"),
+    ("slots are not re-armed", 2, "prefill,zero,prefill", "none", "data of call 1"),
+    ("the flag of a partial is raised before it has arrived", 2, "prefill", "none", "reads partial"),
     ("results of a tile are awaited before its sum is pushed", 2, "fused_two_shot", "none", "deadlock"),
     ("a kernel that gives up writes no status", 2, "one_shot", "late", "nobody is told"),
     ("a broken group goes on", 2, "one_shot,zero,one_shot", "late", "takes data of call 3"),
