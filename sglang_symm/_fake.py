@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 _REDUCTIONS = ("sum", "product", "min", "max", "avg")
-# As base/dtype.h has it: what is reduced natively or by Gloo.
+# As base/dtype.h has it: what is reduced natively or by a process group, and what a communicator (NCCL) adds.
 _REDUCED = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 _REDUCED |= {torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool}
 _SUMMED = {torch.complex64, torch.complex128}
+_BY_NCCL = {torch.uint32, torch.uint64}
 
 _Shape = Sequence[int | torch.SymInt]
 
@@ -45,12 +46,13 @@ def _check_reduction(x: Tensor, group: dict[str, Any], op: str, reduction: str =
         raise ValueError(f"sglang_symm: reduction '{reduction}', expected sum, product, min, max or avg")
     if reduction == "avg" and not (x.is_floating_point() or x.is_complex()):
         _fail(op, f"avg of {x.dtype}, expected a floating dtype")
-    if group["device"] != "cpu" or group["world_size"] == 1:
+    by_nccl = _BY_NCCL if group["settings"]["nccl"] != "0" else set()
+    if group["world_size"] == 1 or x.dtype in _REDUCED | by_nccl:
         return
-    if x.dtype not in _REDUCED and not (x.dtype in _SUMMED and reduction in ("sum", "avg")):
+    if not (x.dtype in _SUMMED and reduction in ("sum", "avg")):
         raise ValueError(
             f"sglang_symm: {op} in group '{group['name']}': {reduction} of {x.dtype} is neither native nor done by "
-            "Gloo. Convert the tensor, to float32 or int64 say"
+            "its process group. Convert the tensor, to float32 or int64 say"
         )
 
 
@@ -76,6 +78,8 @@ def _check_sizes(sizes: Sequence[int], group: dict[str, Any], op: str) -> None:
         _fail(op, f"{len(sizes)} sizes for the {group['world_size']} ranks of group '{group['name']}'")
     if any(n < 0 for n in sizes):
         _fail(op, f"sizes {list(sizes)}, expected no negative number")
+    if all(isinstance(n, int) for n in sizes) and sum(sizes) >= 2**63:
+        _fail(op, f"sizes {list(sizes)}, whose sum is more than a tensor can have")
 
 
 def _what(x: Tensor) -> str:

@@ -57,8 +57,8 @@ inline bool natively_reduced(DType dtype, ReduceOp op) {
   return op == ReduceOp::sum && (dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16);
 }
 
-// Reductions that Gloo does for us on the CPU.
-inline bool reduced_by_gloo(DType dtype, ReduceOp op) {
+// Reductions that a process group does for us, be it PyTorch's Gloo or its NCCL: both take these and no others.
+inline bool reduced_by_process_group(DType dtype, ReduceOp op) {
   switch (dtype) {
     case DType::float32:
     case DType::bfloat16:
@@ -78,7 +78,7 @@ inline bool reduced_by_gloo(DType dtype, ReduceOp op) {
   }
 }
 
-// Reductions that NCCL does for us on GPUs. The mean is a sum and a division.
+// Reductions that a communicator of our own (NCCL) does for us on GPUs. The mean is a sum and a division.
 inline bool reduced_by_nccl(DType dtype, ReduceOp op) {
   if (op == ReduceOp::avg) return false;
   switch (dtype) {

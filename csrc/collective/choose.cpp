@@ -77,6 +77,11 @@ Algorithm choose(OpCode op, DType dtype, ReduceOp reduce_op, size_t bytes, const
   return native;
 }
 
+bool reducible(DType dtype, ReduceOp reduce_op, const Agreed& agreed) {
+  return natively_reduced(dtype, reduce_op) || reduced_by_process_group(dtype, reduce_op) ||
+         (agreed.nccl && reduced_by_nccl(dtype, reduce_op));
+}
+
 const Ladder& Tuning::of(OpCode op) const {
   switch (op) {
     case OpCode::reduce_scatter:

@@ -53,6 +53,9 @@ struct Agreed {
 // `bytes`: one rank's contribution. Throws ErrorKind::argument when pinned mode forbids the only algorithm there is.
 Algorithm choose(OpCode op, DType dtype, ReduceOp reduce_op, size_t bytes, const Agreed& agreed);
 
+// Whether choose() leads to somebody who does this reduction.
+bool reducible(DType dtype, ReduceOp reduce_op, const Agreed& agreed);
+
 std::string to_string(const Agreed& agreed);                        // short: the tuning by its digest
 std::optional<Algorithm> parse_algorithm(const std::string& name);  // "auto" -> nothing
 

@@ -41,8 +41,12 @@ std::vector<int64_t> checked_sizes(const Group& group, OptionalSizes sizes, cons
     fail(ErrorKind::argument, op, ": ", given.size(), " sizes for the ", group.world_size(), " ranks of group '",
          group.config().name, "'");
   }
+  int64_t total = 0;
   for (const int64_t n : given) {
     if (n < 0) fail(ErrorKind::argument, op, ": sizes ", given, ", expected no negative number");
+    if (__builtin_add_overflow(total, n, &total)) {
+      fail(ErrorKind::argument, op, ": sizes ", given, ", whose sum is more than a tensor can have");
+    }
   }
   return given.vec();
 }

@@ -105,11 +105,11 @@ void announce(Group& group, Descriptor descriptor) {
 }
 
 void check_reducible(const Group& group, const Descriptor& descriptor) {
-  if (group.config().device != "cpu" || group.world_size() == 1) return;
-  if (reduced_by_gloo(descriptor.dtype, descriptor.reduce_op())) return;
+  if (group.world_size() == 1) return;
+  if (reducible(descriptor.dtype, descriptor.reduce_op(), group.config().agreed)) return;
   fail(ErrorKind::argument, name(descriptor.op), " in group '", group.config().name,
        "': ", name(descriptor.reduce_op()), " of ", name(descriptor.dtype),
-       " is neither native nor done by Gloo. Convert the tensor, to float32 or int64 say");
+       " is neither native nor done by its process group. Convert the tensor, to float32 or int64 say");
 }
 
 void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const at::Tensor& out,

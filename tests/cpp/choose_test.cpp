@@ -85,6 +85,25 @@ TEST(Choose, NcclWhereTheGroupHasItsCommunicatorAndPinnedModeDoesNotForbid) {
   EXPECT_EQ(chosen(DType::float32, ReduceOp::sum, 8), one_shot);
 }
 
+TEST(Choose, WhatNobodyReducesIsKnownBeforeItIsSent) {
+  using enum DType;
+  Agreed agreed;
+  for (const bool nccl : {false, true}) {
+    agreed.nccl = nccl;
+    for (const DType dtype : {float32, bfloat16, float16, float64, int8, uint8, int32, int64, boolean}) {
+      EXPECT_TRUE(reducible(dtype, ReduceOp::max, agreed)) << name(dtype);
+    }
+    EXPECT_TRUE(reducible(complex64, ReduceOp::sum, agreed));
+    EXPECT_FALSE(reducible(complex64, ReduceOp::product, agreed));
+    // PyTorch's NCCL takes them as little as Gloo does; a communicator of the group's own takes the unsigned ones.
+    EXPECT_EQ(reducible(uint32, ReduceOp::max, agreed), nccl);
+    EXPECT_EQ(reducible(uint64, ReduceOp::sum, agreed), nccl);
+    for (const DType dtype : {int16, uint16, float8_e4m3fn, float8_e5m2, complex32, unnamed}) {
+      EXPECT_FALSE(reducible(dtype, ReduceOp::sum, agreed)) << name(dtype);
+    }
+  }
+}
+
 TEST(Choose, ForcedWinsExceptWhereItCannotBe) {
   Agreed agreed;
   agreed.forced = Algorithm::two_shot;
