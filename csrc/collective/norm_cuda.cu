@@ -142,13 +142,8 @@ template <class Type, bool Plain, int Max, int Unroll>
 __global__ void __launch_bounds__(kNormWorkers + kWarp, 1) all_reduce_norm(const __grid_constant__ NormCuda a) {
   __shared__ float partial[2][kNormWarps];
   const Session s = begin(a.call);
-  if (!s.alive) {
-    if (!is_signal_warp()) {
-      fill<Type>(a.hidden, size_t{a.rows} * a.columns);
-      fill<Type>(a.y, size_t{a.rows} * a.columns);
-    }
-  } else if (is_signal_warp()) {
-    if (blockIdx.x == 0) {
+  if (is_signal_warp()) {
+    if (blockIdx.x == 0 && s.alive) {
       send_headers(s);
       await_headers(s);
     }
@@ -157,7 +152,8 @@ __global__ void __launch_bounds__(kNormWorkers + kWarp, 1) all_reduce_norm(const
     const Slots slots{a.slots + s.parity() * a.slot_bytes, a.slot_bytes / static_cast<unsigned>(world) / 128 * 128};
     const uint32_t chunks = chunks_of<Type>(a.columns);
     const uint32_t workers = blockDim.x - kWarp;
-    for (uint32_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    // Not one branch for the CTA: `broken` may rise while its threads read it, and all of them meet in every row.
+    for (uint32_t row = blockIdx.x; s.alive && row < a.rows; row += gridDim.x) {
       const void* x = row_of<Type>(a.in, row, a.columns);
       for (uint32_t chunk = threadIdx.x; chunk < chunks; chunk += workers) {
         const uint4 own = sendable<Type>(load_chunk<Type, Plain>(x, chunk, a.columns, is_aligned(x)));
@@ -183,13 +179,13 @@ __global__ void __launch_bounds__(kNormWorkers + kWarp, 1) all_reduce_norm(const
           if (chunk >= chunks) continue;
           own[u] = sendable<Type>(load_chunk<Type, Plain>(x, chunk, a.columns, x_aligned));
           r[u] = load_chunk<Type, Plain>(residual, chunk, a.columns, residual_aligned);
-          came[u] = look(s, slots, slot + chunk, v[u]);
+          came[u] = s.alive && look(s, slots, slot + chunk, v[u]);
         }
 #pragma unroll
         for (int u = 0; u < Unroll; u++) {
           const uint32_t chunk = first + u * workers;
           if (chunk >= chunks) continue;
-          if (!came[u]) came[u] = receive(s, slots, slot + chunk, v[u]);
+          if (!came[u]) came[u] = s.alive && receive(s, slots, slot + chunk, v[u]);
           h[u] = all_bits_set();
           if (!came[u]) continue;  // NaN: the whole row becomes it
           re_arm<Max>(s, slots, slot + chunk);
