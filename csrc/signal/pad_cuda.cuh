@@ -163,6 +163,7 @@ __device__ __forceinline__ void record_failure(const CallCuda& call, uint32_t ep
 
 struct Clock {
   uint64_t start = 0;
+  uint32_t left = 0;
 };
 
 // The hosts' words are read over PCIe, one thread after the other (0.6 us each): looked at by every warp that waits
@@ -185,7 +186,9 @@ inline __device__ __noinline__ bool give_up(const CallCuda& call, uint32_t epoch
   if (clock->start == 0) clock->start = now;
   look_at_hosts(call, pad, now);
   if (load_sys(&pad->broken) != 0) return true;
-  const uint32_t left = load_sys(&pad->left) & missing;
+  // As seen the last time, before `missing` was made: who had left by then had sent all that it ever would.
+  const uint32_t left = clock->left & missing;
+  clock->left = load_sys(&pad->left);
   if (left != 0) {
     record_failure(call, epoch, AbortKind::left, left, 0, call.descriptor, call.descriptor);
     return true;
