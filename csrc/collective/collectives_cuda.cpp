@@ -20,11 +20,14 @@ bool is_aligned(const void* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
 
-// The last stream that a waiting kernel of a device went to.
+// The streams that the last waiting kernels of a device went to: the last eager one, the last captured one.
 struct Chain {
+  struct Last {
+    cudaStream_t stream = nullptr;
+    bool used = false;
+  };
   std::mutex mutex;
-  cudaStream_t stream = nullptr;
-  bool used = false;
+  Last eager, captured;
 };
 Chain& chain_of(int device) {
   static std::array<Chain, kMaxDevices> chains;
@@ -153,20 +156,21 @@ void CollectivesCuda::order(cudaStream_t stream) {
   if (capture) arena_->keep_for(capture);
   Chain& chain = chain_of(device_);
   const std::lock_guard lock(chain.mutex);
-  if (chain.used && chain.stream != stream) {
+  const auto wait_for = [&](Chain::Last* last) {
+    if (!last->used || last->stream == stream) return;
     // Between a capture and what is outside of it there is nothing to wait for: a replay comes when its user says so.
-    const CaptureCuda last = capture_of(chain.stream);
-    if (last.id == capture.id) {
-      cudaEvent_t event = nullptr;
-      check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-      cudaError_t code = cudaEventRecord(event, chain.stream);
-      if (code == cudaSuccess) code = cudaStreamWaitEvent(stream, event, 0);
-      (void)cudaEventDestroy(event);
-      check_cuda(code, "the event between two streams of a group");
-    }
-  }
-  chain.stream = stream;
-  chain.used = true;
+    if (capture_of(last->stream).id != capture.id) return;
+    cudaEvent_t event = nullptr;
+    check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+    cudaError_t code = cudaEventRecord(event, last->stream);
+    if (code == cudaSuccess) code = cudaStreamWaitEvent(stream, event, 0);
+    (void)cudaEventDestroy(event);
+    check_cuda(code, "the event between two streams of a group");
+    last->used = false;
+  };
+  if (!capture) wait_for(&chain.eager);  // a captured call in between makes nobody forget it
+  wait_for(&chain.captured);
+  (capture ? chain.captured : chain.eager) = {stream, true};
 }
 
 void CollectivesCuda::all_reduce(const Descriptor& descriptor, const AllReduceArgs& args, Stream handle) {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
 
 from sglang_symm import memory
-from tests.distributed_cases import inputs, ordered_sum, same_bits
+from tests.distributed_cases import gather_objects, inputs, ordered_sum, same_bits
 
 REPLAYS = int(os.environ.get("SGLANG_SYMM_TEST_REPLAYS", "10000"))
 
@@ -98,6 +99,49 @@ def test_calls_from_other_streams_are_ordered(shared_group, rank, size):
             outs.append(shared_group.all_reduce(x))
     torch.cuda.synchronize()
     assert all(same_bits(out.cpu(), ordered_sum(xs)) for out in outs)
+
+
+def test_a_captured_call_in_between_makes_nobody_forget_the_last_eager_one(shared_group, rank, size):
+    """Rank 0's first stream is late: were it not waited for, rank 0 would make the last call first."""
+    xs, ys = inputs(size, [5000], torch.bfloat16), inputs(size, [7000], torch.bfloat16, seed=1)
+    x, y, z = xs[rank].cuda(), ys[rank].cuda(), torch.ones(100, device="cuda")
+    first, captured, last = (torch.cuda.Stream() for _ in range(3))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        if rank == 0:
+            torch.cuda._sleep(100_000_000)
+        shared_group.all_reduce_(x)  # in place: an output's block would make the streams wait for one another
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(captured):
+        graph.capture_begin(capture_error_mode="thread_local")  # torch.cuda.graph would wait for the device
+        shared_group.all_reduce_(z)
+        graph.capture_end()
+    with torch.cuda.stream(last):
+        shared_group.all_reduce_(y)
+    torch.cuda.synchronize()
+    shared_group.check()
+    assert same_bits(x.cpu(), ordered_sum(xs))
+    assert same_bits(y.cpu(), ordered_sum(ys))
+
+
+def test_an_arena_goes_with_its_group_when_its_graphs_went_before(make, rank, size):
+    gather_objects(None)
+    before = torch.cuda.mem_get_info()[0]
+    gather_objects(None)
+    group = make(arena_bytes=256 << 20)
+    x = torch.ones(1000, device="cuda")
+    group.all_reduce(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = group.all_reduce(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    del y, graph
+    time.sleep(1)  # CUDA destroys what a graph holds in a thread of its own
+    group.destroy()
+    gather_objects(None)
+    assert before - torch.cuda.mem_get_info()[0] < 128 << 20
 
 
 def test_a_full_arena_gives_ordinary_memory_or_an_error(make, rank, size):
