@@ -68,6 +68,13 @@ DeviceScope::DeviceScope(int device) {
   before_ = current;
 }
 
+DeviceScope::DeviceScope(int device, std::nothrow_t) noexcept {
+  int current = -1;
+  if (cudaGetDevice(&current) == cudaSuccess && current != device && cudaSetDevice(device) == cudaSuccess) {
+    before_ = current;
+  }
+}
+
 DeviceScope::~DeviceScope() {
   if (before_ >= 0) (void)cudaSetDevice(before_);
 }

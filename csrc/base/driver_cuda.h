@@ -5,6 +5,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <memory>
+#include <new>
 #include <string>
 
 #include "base/error.h"
@@ -36,6 +38,7 @@ const Driver& driver();
 class DeviceScope {
  public:
   explicit DeviceScope(int device);
+  DeviceScope(int device, std::nothrow_t) noexcept;  // for deleters and destructors
   ~DeviceScope();
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
@@ -55,6 +58,15 @@ class OutsideOfCaptures {
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
+
+// Host memory that was registered with cudaHostRegister: no longer, when this goes.
+struct Unregister {
+  void operator()(void* memory) const {
+    (void)cudaHostUnregister(memory);
+    (void)cudaGetLastError();
+  }
+};
+using RegisteredHost = std::unique_ptr<void, Unregister>;
 
 // What a stream is being captured into, if it is.
 struct CaptureCuda {

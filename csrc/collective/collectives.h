@@ -41,6 +41,8 @@ class Collectives {
   virtual void announce(const Descriptor& descriptor, Stream stream = nullptr) = 0;
   // Headers only, between the hosts: returns every rank's offset, and when all have come.
   virtual std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset = kNoOffset) = 0;
+  // Waits until the device has done what this process has put into its streams.
+  virtual void drain() {}
 };
 
 }  // namespace sglang_symm

@@ -68,18 +68,19 @@ CollectivesCuda::CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> a
   call_.first_seconds = signal_.deadlines().first_seconds;
   call_.seconds = signal_.deadlines().seconds;
   // Kernels poll the hosts' pads, and write this rank's, when something is wrong.
-  const auto reach = [](const void* memory) {
+  const auto reach = [](const void* memory, RegisteredHost* registered) {
     void* host = const_cast<void*>(memory);
     check_cuda(cudaHostRegister(host, SignalCpu::segment_bytes(), cudaHostRegisterMapped | cudaHostRegisterPortable),
                "cudaHostRegister of a signal pad");
+    registered->reset(host);
     void* device_pointer = nullptr;
     check_cuda(cudaHostGetDevicePointer(&device_pointer, host, 0), "cudaHostGetDevicePointer");
     return static_cast<std::byte*>(device_pointer);
   };
   Pad* own = signal_.own_pad();
-  std::byte* own_device = reach(own);
+  std::byte* own_device = reach(own, &own_pad_);
   const AbortRecord* record = signal_.abort_record();  // the first word of rank 0's pad
-  const std::byte* record_device = rank_ == 0 ? own_device : reach(record);
+  const std::byte* record_device = rank_ == 0 ? own_device : reach(record, &record_pad_);
   const auto within = [&](const void* member) {
     return own_device + (static_cast<const std::byte*>(member) - reinterpret_cast<const std::byte*>(own));
   };
@@ -101,10 +102,15 @@ CollectivesCuda::~CollectivesCuda() {
   (void)cudaDeviceSynchronize();
   const uint32_t broken = 1;
   (void)cudaMemcpy(&pad(rank_)->broken, &broken, sizeof broken, cudaMemcpyHostToDevice);
-  (void)cudaHostUnregister(signal_.own_pad());
-  if (rank_ != 0) (void)cudaHostUnregister(const_cast<AbortRecord*>(signal_.abort_record()));
+  own_pad_.reset();
+  record_pad_.reset();
   (void)cudaGetLastError();
   (void)cudaSetDevice(before);
+}
+
+void CollectivesCuda::drain() {
+  const DeviceScope scope(device_, std::nothrow);
+  (void)cudaDeviceSynchronize();
 }
 
 // proof[s] of rank r's arena is a number that only s would write there; r says so, and s reads it back.

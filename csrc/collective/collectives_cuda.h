@@ -28,6 +28,7 @@ class CollectivesCuda : public Collectives {
                   Stream stream) override;
   void broadcast(const Descriptor& descriptor, void* data, size_t bytes, int src, Stream stream) override;
   void announce(const Descriptor& descriptor, Stream stream) override;
+  void drain() override;
   // For a waiting kernel of a floor above: puts it behind the last one of this device, whatever stream that went to,
   // and returns what it needs of the group.
   CallCuda enter(const Descriptor& descriptor, cudaStream_t stream) {
@@ -61,6 +62,9 @@ class CollectivesCuda : public Collectives {
   LayoutCuda layout_;
   int max_ctas_;
   CallCuda call_{};  // without what differs from call to call
+  // Given up by a constructor that raises, too: else no group could be made at these addresses again.
+  RegisteredHost own_pad_;
+  RegisteredHost record_pad_;  // of the rank that has the abort record, unless it is this one
 };
 
 }  // namespace sglang_symm

@@ -86,6 +86,7 @@ Group::Group(const GroupConfig& config) : config_(config) {
 }
 
 Group::~Group() {
+  if (collectives_) collectives_->drain();  // peers may need what is pending still, so `bye` comes after it
   watcher_.reset();
   collectives_.reset();
   if (arena_) ArenaRegistry::instance().retire(arena_.get());
@@ -100,16 +101,23 @@ void Group::connect(const std::vector<std::string>& addresses, const std::string
   if (!rendezvous_ || collectives_) fail(ErrorKind::argument, "group '", config_.name, "' is connected already");
   const Deadline deadline(config_.deadlines.first_seconds);
   std::vector<Peer> peers = rendezvous_->connect(addresses, {signal_->fd(), arena_->fd()}, deadline);
+  std::vector<std::pair<int, Fd>> arenas;
   for (Peer& peer : peers) {
     signal_->attach(peer.rank, std::move(peer.fds[0]));
-    backend_->attach(peer.rank, std::move(peer.fds[1]));
+    arenas.emplace_back(peer.rank, std::move(peer.fds[1]));
     peer.fds.clear();
   }
   rendezvous_.reset();
   SignalCpu* signal = signal_.get();
   watcher_ = std::make_unique<Watcher>(
       std::move(peers), [signal](int peer, pid_t pid, PeerEvent event) { signal->on_peer(peer, pid, event); });
-  collectives_ = backend_->connect(*signal_, nccl_id);
+  try {
+    for (auto& [peer, fd] : arenas) backend_->attach(peer, std::move(fd));
+    collectives_ = backend_->connect(*signal_, nccl_id);
+  } catch (...) {
+    signal_->fail_call(AbortKind::unmade, Descriptor{}, 0, 0);  // the others wait for this rank
+    throw;
+  }
   ArenaRegistry::instance().add(arena_);
 }
 

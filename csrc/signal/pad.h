@@ -49,7 +49,8 @@ enum class AbortKind : uint32_t {
   damaged = 5,
   interrupted = 6,
   unfinished = 7,  // NCCL's kernel did not end, though every rank had begun the call
-  refused = 8      // NCCL reported an error
+  refused = 8,     // NCCL reported an error
+  unmade = 9       // a rank failed while the group was made
 };
 
 struct alignas(64) AbortRecord {

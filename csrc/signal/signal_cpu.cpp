@@ -265,6 +265,8 @@ std::string SignalCpu::describe(const AbortRecord& found) const {
                  found.epoch == 0 ? " when its communicator was made" : "",
                  found.epoch == 0 ? "" : cat(" after call ", found.epoch, ", ", to_string(found.expected)),
                  "; that rank's exception says why, NCCL_DEBUG=WARN more", tail);
+    case AbortKind::unmade:
+      return cat(head, "rank ", who, " failed while the group was made; that rank's exception says why", tail);
     default:
       return cat(
           head, "rank(s) ", who, " did not arrive within ", found.seconds, " s in call ", found.epoch, ", ",

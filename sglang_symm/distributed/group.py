@@ -167,12 +167,16 @@ class Group:
             if how.startswith("not"):
                 warnings.warn(f"sglang_symm: group {self.unique_name}: NCCL's windows are {how}", stacklevel=2)
         self._create(meeting)
-        if torch.device("cpu") not in pg._device_types:
-            self.cpu_group = new_process_group(
-                self.ranks, backend="gloo", timeout=self.settings.timeout, first_timeout=self.settings.first_timeout
-            )
-            self._owned_process_groups.append(self.cpu_group)
-        self._token = torch.zeros(1, device=self.device)
+        try:
+            if torch.device("cpu") not in pg._device_types:
+                self.cpu_group = new_process_group(
+                    self.ranks, backend="gloo", timeout=self.settings.timeout, first_timeout=self.settings.first_timeout
+                )
+                self._owned_process_groups.append(self.cpu_group)
+            self._token = torch.zeros(1, device=self.device)
+        except BaseException:
+            self.destroy()
+            raise
 
     def _create(self, meeting: Meeting) -> None:
         """Make the native group. A failure on one rank is raised on all of them."""

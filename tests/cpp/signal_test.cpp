@@ -55,6 +55,13 @@ TEST(Signal, ARankThatFinishesAfterOthersGaveUpRaisesAlthoughAllDoneFlagsAreTher
   EXPECT_THROW(ranks[2].finish(calls[2]), Error) << "it read what rank 0 may have overwritten";
 }
 
+TEST(Signal, ARankThatFailsWhileTheGroupIsMadeEndsTheWaitOfTheOthers) {
+  Three ranks(60);
+  ranks[2].fail_call(AbortKind::unmade, Descriptor{}, 0, 0);
+  EXPECT_THROW(ranks[0].exchange(reduce(0)), Error);
+  EXPECT_NE(ranks[1].failure().find("rank 2 failed while the group was made"), std::string::npos);
+}
+
 TEST(Signal, RanksBoundToACoreEachKnowThatThereIsOneForEverybody) {
   cpu_set_t all;
   ASSERT_EQ(sched_getaffinity(0, sizeof all, &all), 0);

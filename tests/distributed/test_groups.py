@@ -311,6 +311,18 @@ def test_a_library_that_cannot_be_loaded_on_one_rank_is_raised_on_all(make, rank
     assert "rank 0: built for torch 1.0" in str(error)
 
 
+def test_what_fails_when_a_group_is_almost_made_leaves_no_group(make, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError("no room for a token")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    error = raised(make, name="stillborn")
+    monkeypatch.undo()
+    assert isinstance(error, MemoryError), error
+    assert "stillborn" not in str(raised(torch.ops.sglang_symm._group_info, "which are there?"))
+    assert works(make(name="stillborn"))
+
+
 def test_no_key_of_a_creation_stays_in_the_store(make, rank):
     make(name="tidy")
     gather_objects(None)

@@ -101,6 +101,25 @@ def test_a_missing_rank_in_a_replay_and_a_replay_after_destroy(make, shared_grou
     alive(x, shared_group, size)
 
 
+def test_leaving_while_the_last_call_is_pending_disturbs_nobody(make, shared_group, rank, size):
+    """`destroy` comes long before the kernel that peers wait for has begun."""
+    group = make(timeout=20.0)
+    x = torch.ones(1000, device="cuda")
+    alive(x, group, size)
+    gather_objects(None)
+    if rank == size - 1:
+        torch.cuda._sleep(400_000_000)
+    y = group.all_reduce(x)
+    if rank == size - 1:
+        group.destroy()
+    torch.cuda.synchronize()
+    assert (y == size).all()
+    if rank != size - 1:
+        group.check()
+    gather_objects(None)
+    alive(x, shared_group, size)
+
+
 def test_a_rank_that_left_is_named_at_once(make, shared_group, rank, size):
     group = make(timeout=20.0)
     x = torch.ones(1000, device="cuda")
