@@ -54,6 +54,7 @@ class BackendCuda final : public Backend {
         world_size_(config->world_size),
         nccl_(config->agreed.nccl),
         nccl_window_(config->nccl_window) {
+    ArenaCuda::collect_graphs();  // memory that nothing needs any more
     device_ = device_index(config->device);
     if (attribute(cudaDevAttrComputeCapabilityMajor, device_) < 9) {
       fail(ErrorKind::argument, "symmetric memory on ", config->device, ", whose compute capability is ",

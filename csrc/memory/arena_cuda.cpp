@@ -84,7 +84,7 @@ void ArenaCuda::free(void* pointer) {
   int before = -1;
   // A deleter must not raise, and at the process's end the driver may be gone.
   if (cudaGetDevice(&before) != cudaSuccess) return;
-  const DeviceScope scope(device_);
+  const DeviceScope scope(device_, std::nothrow);
   const OutsideOfCaptures outside;
   const std::lock_guard lock(mutex_);
   const auto found = blocks_.find(offset(pointer));
@@ -215,11 +215,12 @@ void ArenaCuda::collect_graphs() {
 }
 
 void ArenaCuda::retire() {
+  collect_graphs();  // nobody may allocate here again
   Arena::retire();
   const std::lock_guard lock(mutex_);
   int before = -1;
   if (cudaGetDevice(&before) != cudaSuccess) return;
-  const DeviceScope scope(device_);
+  const DeviceScope scope(device_, std::nothrow);
   (void)cudaDeviceSynchronize();
   for (const Resting& block : resting_) {
     if (block.event != nullptr) (void)cudaEventDestroy(block.event);
