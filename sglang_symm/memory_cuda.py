@@ -1,8 +1,9 @@
 # Copyright The sglang_symm authors. SPDX-License-Identifier: Apache-2.0
 """use_symmetric_memory on GPUs: a torch.cuda.MemPool whose segments come from a group's arena.
 
-One pool a group for eager code, and a new one for every use inside a graph capture: a block that is freed in a capture
-must never be handed to eager code, or a replay would overwrite it.
+One pool a group for eager code and one for each graph capture: a block that is freed in a capture must never be handed
+to eager code, or a replay would overwrite it. So a context is entered inside of a capture: PyTorch gives what is
+captured inside of an open context the pool of that context.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _allocator() -> Any:
 
 
 class _Pools:
-    """The pools of all groups, one a thread, because a pool cannot be in use by two; and the pools of captures.
+    """The pools of all groups, one a thread, because a pool cannot be in use by two, and one a capture.
 
     They live as long as their group, and are let go of when no context is open anywhere: PyTorch ends the process when
     a pool goes while another is in use, be it with its thread.
@@ -37,14 +38,13 @@ class _Pools:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.contexts = 0
-        self.eager: dict[tuple[int, str], tuple[Group, torch.cuda.MemPool]] = {}
-        self.captured: list[tuple[Group, torch.cuda.MemPool]] = []
+        # By thread, group and capture (0: eager).
+        self.pools: dict[tuple[int, str, int], tuple[Group, torch.cuda.MemPool]] = {}
 
     def opened(self) -> None:
         with self.lock:
             if self.contexts == 0 and not torch.cuda.is_current_stream_capturing():
-                self.eager = {key: entry for key, entry in self.eager.items() if not entry[0].destroyed}
-                self.captured = [entry for entry in self.captured if not entry[0].destroyed]
+                self.pools = {key: entry for key, entry in self.pools.items() if not entry[0].destroyed}
             self.contexts += 1
 
     def closed(self) -> None:
@@ -52,17 +52,12 @@ class _Pools:
             self.contexts -= 1
 
     def of(self, group: Group) -> torch.cuda.MemPool:
-        capturing = torch.cuda.is_current_stream_capturing()
-        key = (threading.get_ident(), group.unique_name)
+        capture = torch.ops.sglang_symm._capture_id(group.unique_name)
+        key = (threading.get_ident(), group.unique_name, capture)
         with self.lock:
-            if not capturing and key in self.eager:
-                return self.eager[key][1]
-            pool = torch.cuda.MemPool(_allocator().allocator())
-            if capturing:
-                self.captured.append((group, pool))
-            else:
-                self.eager[key] = (group, pool)
-            return pool
+            if key not in self.pools:
+                self.pools[key] = (group, torch.cuda.MemPool(_allocator().allocator()))
+            return self.pools[key][1]
 
 
 class _Thread(threading.local):
@@ -72,11 +67,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.open: list[tuple[CudaArenaContext, torch.cuda.MemPool]] = []
         self.in_use: tuple[torch.cuda.MemPool, contextlib.AbstractContextManager[None]] | None = None
-
-    def pool_of(self, group: Group) -> torch.cuda.MemPool:
-        if self.open and self.open[-1][0].group is group:
-            return self.open[-1][1]
-        return _pools.of(group)
 
     def use_innermost(self) -> None:
         context, pool = self.open[-1] if self.open else (None, None)
@@ -106,7 +96,7 @@ class CudaArenaContext:
         before = len(_thread.open)
         _pools.opened()
         try:
-            _thread.open.append((self, _thread.pool_of(self.group)))
+            _thread.open.append((self, _pools.of(self.group)))
             _thread.use_innermost()
         except BaseException:
             del _thread.open[before:]

@@ -168,7 +168,7 @@ void* Group::allocate_output(size_t bytes, bool required, Stream stream) {
   const bool broken = signal_ && signal_->broken();
   if (broken && required) check();
   void* block = arena_ && !broken ? arena_->allocate(bytes, stream) : nullptr;
-  if (block == nullptr && arena_ && !broken && (required || config_.strict || arena_->in_capture(stream)))
+  if (block == nullptr && arena_ && !broken && (required || config_.strict || arena_->capture_in(stream) != 0))
     throw Error(ErrorKind::out_of_memory, describe_full(bytes));
   (block != nullptr ? counters.outputs_inside : counters.outputs_outside).fetch_add(1, std::memory_order_relaxed);
   return block;

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -50,8 +51,8 @@ class Arena {
   // A block for work in `stream`; nullptr when full.
   virtual void* allocate(size_t bytes, Stream stream = nullptr);
   virtual void free(void* pointer);
-  // A graph is being captured in `stream`: what it allocates is its own for ever.
-  virtual bool in_capture(Stream) const { return false; }
+  // The graph that is being captured in `stream`, 0 for none: what a graph allocates is its own for ever.
+  virtual uint64_t capture_in(Stream) const { return 0; }
   // The group is gone. From then on finished() tells when nothing lives here any more.
   virtual void retire();
   bool finished() const;

@@ -57,9 +57,9 @@ void* ArenaCuda::allocate(size_t bytes, Stream handle) {
   return at(*offset);
 }
 
-bool ArenaCuda::in_capture(Stream stream) const {
+uint64_t ArenaCuda::capture_in(Stream stream) const {
   const DeviceScope scope(device_);
-  return static_cast<bool>(capture_of(static_cast<cudaStream_t>(stream)));
+  return capture_of(static_cast<cudaStream_t>(stream)).id;
 }
 
 void* ArenaCuda::allocate_captured(size_t bytes, cudaStream_t stream, const CaptureCuda& capture) {

@@ -26,7 +26,7 @@ class ArenaCuda final : public Arena, public std::enable_shared_from_this<ArenaC
 
   void* allocate(size_t bytes, Stream stream = nullptr) override;
   void free(void* pointer) override;
-  bool in_capture(Stream stream) const override;
+  uint64_t capture_in(Stream stream) const override;
   void retire() override;
   // The graph that is captured (if one is) uses this arena: keeps it until the graph is destroyed.
   void keep_for(const CaptureCuda& capture);

@@ -48,6 +48,7 @@ TORCH_LIBRARY(sglang_symm, m) {
   m.def("_nccl_unique_id() -> str", &ops::nccl_unique_id);
   m.def("_enter_symmetric_memory(str group) -> ()", &ops::enter_symmetric_memory);
   m.def("_exit_symmetric_memory(str group) -> ()", &ops::exit_symmetric_memory);
+  m.def("_capture_id(str group) -> int", &ops::capture_id);
   m.def("_peer_view(str group, int peer, int offset, int[] size, ScalarType dtype) -> Tensor", &ops::peer_view);
 }
 

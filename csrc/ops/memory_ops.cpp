@@ -94,6 +94,13 @@ void exit_symmetric_memory(const std::string& name) {
   });
 }
 
+int64_t capture_id(const std::string& name) {
+  return guarded([&] {
+    auto group = GroupRegistry::instance().find(name);
+    return group->arena() ? static_cast<int64_t>(group->arena()->capture_in(current_stream(*group))) : 0;
+  });
+}
+
 at::Tensor empty(at::SymIntArrayRef size, const std::string& name, at::ScalarType dtype, at::Device device) {
   return guarded([&] {
     const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(size);

@@ -38,6 +38,8 @@ std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(
 at::Tensor empty(at::SymIntArrayRef size, const std::string& group, at::ScalarType dtype, at::Device device);
 void enter_symmetric_memory(const std::string& group);
 void exit_symmetric_memory(const std::string& group);
+// The graph capture that this thread's current stream on the group's device is in; 0: none.
+int64_t capture_id(const std::string& group);
 bool in_arena(const at::Tensor& x, const std::string& group);
 std::vector<int64_t> rendezvous(const at::Tensor& x, const std::string& group);
 at::Tensor peer_view(const std::string& group, int64_t peer, int64_t offset, at::IntArrayRef size,

@@ -24,6 +24,7 @@ class Native:
 
     def __init__(self) -> None:
         self.threads = threading.local()
+        self.capture = 0
 
     def stack(self) -> list[str]:
         if not hasattr(self.threads, "stack"):
@@ -33,6 +34,9 @@ class Native:
 
     def _enter_symmetric_memory(self, name: str) -> None:
         self.stack().append(name)
+
+    def _capture_id(self, name: str) -> int:
+        return self.capture
 
     def _exit_symmetric_memory(self, name: str) -> None:
         innermost = self.stack()[-1:] == [name]
@@ -139,18 +143,30 @@ def test_threads_have_pools_of_their_own_even_of_one_group(pools: dict[str, Any]
     assert pools["let_go"] == [], "they outlive their threads"
 
 
-def test_a_capture_has_a_pool_of_its_own_each_time(pools: dict[str, Any]) -> None:
+def test_each_capture_has_one_pool_of_its_own(pools: dict[str, Any]) -> None:
     inside = context("one")
     seen = []
-    for capturing in (False, True, True):
-        pools["capturing"] = capturing
+    for capture in (0, 7, 7, 8, 0):
+        pools["native"].capture = capture
+        pools["capturing"] = capture != 0
         with inside:
             seen += mine(pools)
-    pools["capturing"] = False
-    with inside:
-        seen += mine(pools)
+    eager, first, again, _, after = seen
+    assert first is again
+    assert eager is after
     assert len({id(pool) for pool in seen}) == 3
-    assert seen[0] is seen[3]
+
+
+def test_a_context_in_a_capture_never_takes_the_eager_pool_of_the_one_around_it(pools: dict[str, Any]) -> None:
+    group = context("one")
+    with group:
+        (eager,) = mine(pools)
+        pools["native"].capture, pools["capturing"] = 7, True
+        with group:
+            (captured,) = mine(pools)
+        pools["native"].capture, pools["capturing"] = 0, False
+        assert captured is not eager
+        assert mine(pools) == [eager]
 
 
 def test_pools_of_a_destroyed_group_go_when_no_context_is_open(pools: dict[str, Any]) -> None:
