@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kWarp) open(const __grid_constant__ BracketCud
 }
 
 __global__ void __launch_bounds__(kThreads) close(const __grid_constant__ BracketCuda a) {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_previous_kernel();
+  let_next_kernel_in();
   const PadCuda* pad = reinterpret_cast<const PadCuda*>(a.call.window[a.call.rank]);
   if (load_sys(&pad->broken) == 0) {
     if (blockIdx.x == 0 && threadIdx.x == 0) store_sys(a.ended, load_sys(&pad->epoch[0]));

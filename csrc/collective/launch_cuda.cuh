@@ -26,14 +26,14 @@ __device__ __forceinline__ Workers workers() {
 // result's.
 constexpr int kEpochBarrier = 1;
 __device__ __forceinline__ void epoch_is_read() {
-  asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kEpochBarrier), "r"(blockDim.x) : "memory");
+  named_barrier_arrive<kEpochBarrier>(blockDim.x);
 }
 
 // The whole of the signal warp's work. Workers must not use the epoch's counter after epoch_is_read().
 __device__ __forceinline__ void keep_protocol(const Session& s) {
   const bool speaks = blockIdx.x == 0 && s.alive;
   if (speaks) send_headers(s);
-  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kEpochBarrier), "r"(blockDim.x) : "memory");
+  named_barrier_sync<kEpochBarrier>(blockDim.x);
   PadCuda* pad = s.own();
 #pragma unroll 1
   for (int i = static_cast<int>(blockIdx.x + (threadIdx.x & (kWarp - 1)) * gridDim.x); i < kMaxCtas;

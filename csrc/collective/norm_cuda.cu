@@ -76,7 +76,7 @@ __device__ __forceinline__ uint32_t scale_word(uint32_t h, uint32_t weight, floa
 
 // A named barrier: the signal warp may be waiting for a peer.
 __device__ __forceinline__ void meet(uint32_t workers) {
-  asm volatile("bar.sync 1, %0;" ::"r"(workers) : "memory");
+  named_barrier_sync<1>(workers);
 }
 
 // The sum of all workers' totals, the same bits in each. `partial` alternates from row to row, so that one barrier is
@@ -201,8 +201,8 @@ template <class Type, bool Plain, int Unroll>
 __global__ void __launch_bounds__(kNormWorkers, 2) norm(const __grid_constant__ NormCuda a) {
   __shared__ float partial[kNormWarps];
   // Nothing is read before this: by way of programmatic launches even the kernel before the last may still be running.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_previous_kernel();
+  let_next_kernel_in();
   const uint32_t row = blockIdx.x, chunks = chunks_of<Type>(a.columns), workers = blockDim.x;
   const void* sum = row_of<Type>(a.in, row, a.columns);
   const void* residual = row_of<Type>(a.residual, row, a.columns);

@@ -32,11 +32,7 @@ struct BFloat16 {
     f[1] = __uint_as_float(word & 0xFFFF0000u);
   }
   // The instruction rounds to nearest even as the integer formula does; only its NaN (0x7FFF) differs.
-  static __device__ __forceinline__ uint32_t round(const float* f) {
-    uint32_t word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(f[1]), "f"(f[0]));
-    return word;
-  }
+  static __device__ __forceinline__ uint32_t round(const float* f) { return bfloat16_pair(f[0], f[1]); }
   static __device__ __forceinline__ bool has_nan(uint32_t word) {
     const auto pair = *reinterpret_cast<const __nv_bfloat162*>(&word);
     return !__hbeq2(pair, pair);
@@ -57,11 +53,7 @@ struct Float16 {
     f[0] = load(static_cast<uint16_t>(word));
     f[1] = load(static_cast<uint16_t>(word >> 16));
   }
-  static __device__ __forceinline__ uint32_t round(const float* f) {
-    uint32_t word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(f[1]), "f"(f[0]));
-    return word;
-  }
+  static __device__ __forceinline__ uint32_t round(const float* f) { return float16_pair(f[0], f[1]); }
   static __device__ __forceinline__ bool has_nan(uint32_t word) {
     const auto pair = *reinterpret_cast<const __half2*>(&word);
     return !__hbeq2(pair, pair);

@@ -129,7 +129,7 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     decode(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
            const __grid_constant__ DecodeCuda a) {
-  extern __shared__ std::byte memory[];
+  std::byte* const memory = dynamic_shared_memory();
   __shared__ alignas(8) uint64_t full[kMaxStages], empty[kMaxStages];
   __shared__ volatile uint32_t done[T::kMathWarps];
   const Ring ring{(shared_address(memory) + 1023) & ~1023u, full, empty, a.stages};
@@ -149,10 +149,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (a.static_weight) producer.fill_weights();
   }
   if (threadIdx.x < T::kMathWarps) done[threadIdx.x] = 0;
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  let_next_kernel_in();
   __syncthreads();
   if (produces) {  // before the epoch is read: a look at memory is 0.7 us
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_previous_kernel();
     if (!a.static_weight) producer.fill_weights();
     producer.fill_tokens();
   }

@@ -54,7 +54,7 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     prefill(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
             const __grid_constant__ PrefillCuda a) {
-  extern __shared__ std::byte memory[];
+  std::byte* const memory = dynamic_shared_memory();
   __shared__ alignas(8) uint64_t full[kMaxPrefillStages], empty[kMaxPrefillStages];
   __shared__ Handover handover;
   const uint32_t base = (shared_address(memory) + 1023) & ~1023u;
@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     handover.freed = 0;
     handover.step = min(a.stages, a.k_steps);
   }
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  let_next_kernel_in();
   cluster_sync();  // the other CTA's barriers count what is fetched for it
   if (produces) {
     if (a.static_weight) producer.fill_weights();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_previous_kernel();
     if (!a.static_weight) producer.fill_weights();
     producer.fill_tokens();
   }

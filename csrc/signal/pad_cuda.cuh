@@ -12,6 +12,7 @@
 
 #include <cuda_runtime.h>
 
+#include "base/ptx_cuda.cuh"
 #include "signal/pad_cuda.h"
 
 namespace sglang_symm::device {
@@ -20,45 +21,6 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kFastPolls = 256;  // about 0.1 ms, then broken, the hosts and the clock are looked at
 constexpr uint64_t kHostPeriodNs = 1'000'000;
-
-// ---- memory accesses that another GPU takes part in ----
-
-__device__ __forceinline__ void store_sys(void* p, uint4 v) {
-  asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ uint4 load_sys(const void* p) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_sys(uint32_t* p, uint32_t v) {
-  asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-__device__ __forceinline__ uint32_t load_sys(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
-  asm volatile("st.release.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ void fence_sys() {
-  asm volatile("fence.acq_rel.sys;" ::: "memory");
-}
-__device__ __forceinline__ uint64_t time_ns() {
-  uint64_t t;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-  return t;
-}
 
 // ---- a call ----
 
@@ -79,12 +41,7 @@ struct Session {
   __device__ int peer(int step) const { return peer_of(call, step); }
 };
 
-// What is made before the wait of begin() costs no time after it, because the kernel before this one still runs. But
-// the assembler moves arithmetic to behind the wait, unless an instruction before it uses the result: this one does,
-// and almost never runs.
-__device__ __forceinline__ void make_now(uint32_t bits) {
-  asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0x9E3779B9; @p nanosleep.u32 0; }" ::"r"(bits));
-}
+// For make_now().
 __device__ __forceinline__ uint32_t bits_of(const void* p) {
   const auto bits = reinterpret_cast<uintptr_t>(p);
   return static_cast<uint32_t>(bits) ^ static_cast<uint32_t>(bits >> 32);
@@ -114,8 +71,8 @@ __device__ __forceinline__ Door arrive(const CallCuda& call) {
   make_now(bits_of(door.pad) ^ bits_of(door.counter));
   fetch(call);
   // Nothing before this touches a slot or an epoch. Then the next kernel may be brought in: it waits at its own.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_previous_kernel();
+  let_next_kernel_in();
   return door;
 }
 
