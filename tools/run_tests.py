@@ -1,6 +1,6 @@
-"""Runs the tests: C++ unit tests, tests of one process, tests over several ranks, fault tests.
+"""Runs the tests: C++ unit tests, CUDA kernels on a CPU, tests of one process and over several ranks, fault tests.
 
-    python tools/run_tests.py [part ...]                  parts: cpp single ranks1 ... ranks8 faults (default: all)
+    python tools/run_tests.py [part ...]                  parts: cpp kernels single ranks1 ... ranks8 faults
     python tools/run_tests.py --device cuda [part ...]    parts: gpus2 over2 rig3 rig4 ...; --list names this machine's,
                                                           and those that run only when they are named
 
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "tests"
 # Every test over ranks runs with these; those marked world_size(1), (6) or (8) with these too.
 RANKS, MARKED_RANKS = (2, 3, 4), (1, 6, 8)
+# Programs of GoogleTest, and what builds and runs each in tests/cpp/Makefile.
+GTESTS = {"cpp": "run", "kernels": "run-kernels"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 NO_GTEST = """\
 The C++ unit tests were left out: GoogleTest was not found.
@@ -107,7 +109,7 @@ class Part:
             raise
 
     def count(self) -> None:
-        if self.name == "cpp":
+        if self.name in GTESTS:
             self.count_gtest()
             return
         reports = [json.loads(path.read_text()) for path in sorted(self.folder.glob("rank*.json"))]
@@ -147,9 +149,9 @@ def has_gtest() -> bool:
     return subprocess.run(check, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def cpp_part() -> Part:
-    flags = f"GTEST_FLAGS=--gtest_output=json:{OUT / 'cpp' / 'gtest.json'}"
-    return Part("cpp", ["make", "--no-print-directory", "-C", "tests/cpp", "run", flags])
+def gtest_part(name: str) -> Part:
+    flags = f"GTEST_FLAGS=--gtest_output=json:{OUT / name / 'gtest.json'}"
+    return Part(name, ["make", "--no-print-directory", "-C", "tests/cpp", GTESTS[name], flags])
 
 
 def pytest_part(name: str, *args: str) -> Part:
@@ -256,7 +258,7 @@ def all_parts(device: str) -> list[Part]:
     if device == "cuda":
         return gpu_parts()
     single = ["tests", "--ignore=tests/distributed", "--ignore=tests/faults", "--ignore=tests/gpu"]
-    parts = [cpp_part(), pytest_part("single", *single)]
+    parts = [*(gtest_part(name) for name in GTESTS), pytest_part("single", *single)]
     if (ROOT / "tests" / "distributed").is_dir():
         parts += [ranks_part(ranks) for ranks in (*RANKS, *MARKED_RANKS)]
     if (ROOT / "tests" / "faults").is_dir():
@@ -296,12 +298,12 @@ def main() -> int:
         return 0
     for part in parts:
         part.limit = args.limit or part.limit
-    gtest_missing = any(part.name == "cpp" for part in parts) and not has_gtest()
+    gtest_missing = any(part.name in GTESTS for part in parts) and not has_gtest()
     if gtest_missing:
         if os.environ.get("CI") == "true":
             print(NO_GTEST, file=sys.stderr)
             return 1
-        parts = [part for part in parts if part.name != "cpp"]
+        parts = [part for part in parts if part.name not in GTESTS]
     if args.device == "cuda":
         run_side_by_side(parts)
     else:

@@ -106,9 +106,9 @@ TEST(CollectivesCuda, AllReduceGivesTheBitsOfTheCpusSumInEveryAlgorithm) {
         std::mt19937_64 random(static_cast<uint64_t>(world) * 100 + static_cast<uint64_t>(algorithm));
         Gpus gpus(world, random(), 1e6, 2, world > 8 ? 8 << 20 : 4 << 20);
         std::deque<AllReduce> calls;
-        for (const size_t count : {size_t{0}, size_t{1}, size_t{9}, size_t{1003}, size_t{2048}}) {
+        for (const size_t count : {size_t{0}, size_t{1}, size_t{9}, size_t{203}, size_t{2048}}) {
+          if (world > 4 && count > 1000) break;
           calls.emplace_back(gpus, algorithm, dtype, count, random, count % 2 == 1).enqueue(gpus);
-          if (world > 8 && count > 1000) break;
         }
         gpus.run();
         for (AllReduce& call : calls) EXPECT_EQ(call.wrong().value_or(""), "") << world << " ranks";
