@@ -48,7 +48,7 @@ run() {
         return
     fi
     timeout -k 5 "$limit" "$@" >"$work/$name.log" 2>&1 || status=$?
-    grep -v -e '^\[rank' -e '^bench: ' -e '^tune: [a-z_]* ' "$work/$name.log" | tail -n 300 >>"$log"
+    grep -v -e '^\[rank[0-9]*\]:\[W' -e '^bench: ' -e '^tune: [a-z_]* ' "$work/$name.log" | tail -n 300 >>"$log"
     echo "--- $name: status $status after $((SECONDS - start)) s" | tee -a "$log"
     ((status == 0)) || failed=1
 }

@@ -47,7 +47,7 @@ struct PrefillEpilogue {
   template <class Load, class Store>
   __device__ __forceinline__ void sum(const PrefillPlace& at, const Accumulators& d, const Load& load,
                                       const Store& store) const {
-    if (s.call.world_size == 2) {  // the usual: a + b is b + a
+    if (T::kOneShot || s.call.world_size == 2) {  // the usual: a + b is b + a. (Both sums in one-shot spill registers.)
 #pragma unroll
       for (int first = 0; first < T::kChunks; first += kBatch) {
         uint4 v[kBatch] = {};

@@ -23,7 +23,8 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   const DType dtype = args.call.descriptor.dtype;
   const Kernel kernel =
       dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config) : find_kernel<device::Float16>(config);
-  if (kernel == nullptr || config.stages > device::kMaxPrefillStages) {
+  const bool has_sum = !config.one_shot || args.call.world_size == 2;
+  if (kernel == nullptr || !has_sum || config.stages > device::kMaxPrefillStages) {
     fail(ErrorKind::system, "no prefill kernel for ", to_string(config));
   }
   args.k_steps = args.partial == nullptr ? static_cast<int>((weight.columns + kBoxColumns - 1) / kBoxColumns) : 0;
@@ -36,6 +37,9 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
                                   static_cast<int>(shared)),
              "cudaFuncSetAttribute of a fused kernel's shared memory");
   cudaLaunchAttribute attributes[2] = {programmatic_launch()};
+  // Two-shot: the clusters that idle in the last wave would be taken by the next kernel's, and its own then start in
+  // whatever order SMs become free: 2 us more at 2048 tokens.
+  if (!config.one_shot) attributes[0].val.programmaticStreamSerializationAllowed = 0;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t launch{};
