@@ -76,6 +76,11 @@ template <int Barrier>
 __device__ __forceinline__ void named_barrier_sync(uint32_t threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"n"(Barrier), "r"(threads) : "memory");
 }
+// All lanes of each warp together.
+template <int Barrier>
+__device__ __forceinline__ void named_barrier_sync_warps(uint32_t threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(Barrier), "r"(threads) : "memory");
+}
 
 // ---- conversions, to nearest even; a NaN becomes 0x7FFF ----
 

@@ -76,7 +76,7 @@ __device__ __forceinline__ uint32_t scale_word(uint32_t h, uint32_t weight, floa
 
 // A named barrier: the signal warp may be waiting for a peer.
 __device__ __forceinline__ void meet(uint32_t workers) {
-  named_barrier_sync<1>(workers);
+  named_barrier_sync_warps<1>(workers);
 }
 
 // The sum of all workers' totals, the same bits in each. `partial` alternates from row to row, so that one barrier is

@@ -43,11 +43,11 @@ struct PrefillEpilogue {
   }
 
   // load(r, c, v): rank r's words of chunks c .. c + kBatch - 1; store(c, v): the sums, as the lane's 16 bytes of a
-  // row.
+  // row. One-shot is for two ranks: with the other sum in it as well, its kernel spills registers.
   template <class Load, class Store>
   __device__ __forceinline__ void sum(const PrefillPlace& at, const Accumulators& d, const Load& load,
                                       const Store& store) const {
-    if (T::kOneShot || s.call.world_size == 2) {  // the usual: a + b is b + a. (Both sums in one-shot spill registers.)
+    if (T::kOneShot || s.call.world_size == 2) {  // the usual: a + b is b + a
 #pragma unroll
       for (int first = 0; first < T::kChunks; first += kBatch) {
         uint4 v[kBatch] = {};
@@ -65,28 +65,30 @@ struct PrefillEpilogue {
       }
       return;
     }
+    if constexpr (!T::kOneShot) {
 #pragma unroll
-    for (int first = 0; first < T::kChunks; first += kBatch) {
-      float total[kBatch][8];
+      for (int first = 0; first < T::kChunks; first += kBatch) {
+        float total[kBatch][8];
 #pragma unroll 1
-      for (int r = 0; r < s.call.world_size; r++) {
-        uint4 v[kBatch] = {};
-        if (r == s.call.rank) {
+        for (int r = 0; r < s.call.world_size; r++) {
+          uint4 v[kBatch] = {};
+          if (r == s.call.rank) {
 #pragma unroll
-          for (int b = 0; b < kBatch; b++) v[b] = chunk(at, d, first + b);
-        } else {
-          load(r, first, v);
+            for (int b = 0; b < kBatch; b++) v[b] = chunk(at, d, first + b);
+          } else {
+            load(r, first, v);
+          }
+#pragma unroll
+          for (int b = 0; b < kBatch; b++) {
+            float f[8];
+            unpack(v[b], f);
+#pragma unroll
+            for (int i = 0; i < 8; i++) total[b][i] = r == 0 ? f[i] : __fadd_rn(total[b][i], f[i]);
+          }
         }
 #pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-          float f[8];
-          unpack(v[b], f);
-#pragma unroll
-          for (int i = 0; i < 8; i++) total[b][i] = r == 0 ? f[i] : __fadd_rn(total[b][i], f[i]);
-        }
+        for (int b = 0; b < kBatch; b++) store(first + b, rows(at, first + b, total[b]));
       }
-#pragma unroll
-      for (int b = 0; b < kBatch; b++) store(first + b, rows(at, first + b, total[b]));
     }
   }
 

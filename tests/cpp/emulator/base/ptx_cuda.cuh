@@ -55,6 +55,10 @@ template <int Barrier>
 inline void named_barrier_sync(uint32_t threads) {
   emulator::sync(emulator::self().cta->named[Barrier], threads);
 }
+template <int Barrier>
+inline void named_barrier_sync_warps(uint32_t threads) {
+  named_barrier_sync<Barrier>(threads);
+}
 
 // To nearest even by integers, as csrc/collective/sum.cpp does; NaN is 0x7FFF, as the instruction gives it.
 inline uint32_t bfloat16_bits(float f) {
