@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <memory>
+#include <new>
 #include <string>
 
 #include "base/error.h"
@@ -27,7 +29,13 @@ inline const Driver& driver() {
 
 struct DeviceScope {
   explicit DeviceScope(int) {}
+  DeviceScope(int, std::nothrow_t) {}
 };
+
+struct Unregister {
+  void operator()(void* memory) const { (void)cudaHostUnregister(memory); }
+};
+using RegisteredHost = std::unique_ptr<void, Unregister>;
 
 // Nothing is ever captured: a graph's replay is the same launches again, with the same arguments.
 struct CaptureCuda {
