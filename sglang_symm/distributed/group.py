@@ -360,10 +360,16 @@ class Group:
     def destroy(self) -> None:
         """Leave the group; peers that still wait for this rank raise.
 
-        Local; tensors of its arena stay valid; a second call does nothing.
+        Local; tensors of its arena stay valid; a second call does nothing. On GPUs it waits for the device first, so it
+        raises RuntimeError while the current stream is being captured into a CUDA graph.
         """
         if self._destroyed:
             return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self._where('destroy()')}: the current stream is being captured into a CUDA graph, and destroy() "
+                "waits for the device. End the capture first"
+            )
         self._destroyed = True
         _alive.pop(self.unique_name, None)
         if self._owner_pid != os.getpid():

@@ -190,6 +190,21 @@ def test_destroy_and_create_again(make, rank, size):
         assert (y == size).all()
 
 
+def test_destroy_in_a_capture_is_refused_and_the_capture_goes_on(make, size):
+    group = make()
+    x = torch.ones(100, device="cuda")
+    group.all_reduce(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = group.all_reduce(x)
+        with pytest.raises(RuntimeError, match="is being captured"):
+            group.destroy()
+    graph.replay()
+    assert (y == size).all()
+    group.check()
+
+
 def test_foreign_ops_allocate_in_the_arena_under_the_context(make, rank, size):
     group = make(arena_bytes=128 << 20)
 
