@@ -27,6 +27,8 @@
 namespace emulator {
 
 constexpr int kWarp = 32;
+// A step takes long, so that a deadline which ends a kernel's wait soon is far away for hosts, whose time is real.
+constexpr uint64_t kStepNs = 100'000;
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;
@@ -153,7 +155,7 @@ class Machine {
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return ((z ^ z >> 31) >> 32) * below >> 32;
   }
-  uint64_t time_ns() const { return 1'000'000 + steps_ * 100; }
+  uint64_t time_ns() const { return 1'000'000 + steps_ * kStepNs; }
   void wake(Fiber* fiber) { fiber->cta->ready.push_back(fiber); }
 
   std::byte* take_stack();

@@ -265,7 +265,7 @@ bool all_nan(const std::byte* data, size_t count) {
 TEST(CollectivesCuda, AMissingRankIsNamedTheOutputIsNanAndTheNextCallLeavesAtOnce) {
   for (const Algorithm algorithm : kSums) {
     std::mt19937_64 random(5);
-    Gpus gpus(3, 5, 0.01);
+    Gpus gpus(3, 5, 10);
     AllReduce fine(gpus, algorithm, DType::float32, 200, random), late(gpus, algorithm, DType::float32, 200, random),
         after(gpus, algorithm, DType::float32, 200, random);
     fine.enqueue(gpus);
@@ -282,7 +282,7 @@ TEST(CollectivesCuda, AMissingRankIsNamedTheOutputIsNanAndTheNextCallLeavesAtOnc
       EXPECT_EQ(record.kind, AbortKind::missing);
       EXPECT_EQ(record.culprits, 1u << 1) << "rank " << r;
       EXPECT_EQ(record.epoch, 2u);
-      EXPECT_EQ(record.seconds, 0.01);
+      EXPECT_EQ(record.seconds, 10);
       EXPECT_EQ(gpus.pad(r).broken, 1u);
       // Somebody's share may have come; what has not is NaN. Nothing of the call after is left to chance.
       EXPECT_TRUE(all_nan(after.out[static_cast<size_t>(r)].data, 200));
@@ -296,7 +296,7 @@ TEST(CollectivesCuda, AMissingRankIsNamedTheOutputIsNanAndTheNextCallLeavesAtOnc
 TEST(CollectivesCuda, RanksThatDisagreeReportTheSame) {
   for (uint64_t seed = 0; seed < seeds(6); seed++) {
     std::mt19937_64 random(seed);
-    Gpus gpus(3, seed, 0.05);
+    Gpus gpus(3, seed, 50);
     AllReduce a(gpus, Algorithm::one_shot, DType::float32, 100, random),
         b(gpus, Algorithm::one_shot, DType::float32, 101, random);
     a.enqueue(gpus, 0);
@@ -316,7 +316,7 @@ TEST(CollectivesCuda, RanksThatDisagreeReportTheSame) {
 
 TEST(CollectivesCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
   std::mt19937_64 random(9);
-  Gpus gpus(2, 9, 10);
+  Gpus gpus(2, 9, 1000);
   AllReduce call(gpus, Algorithm::two_shot_direct, DType::float32, 50, random);
   gpus[0].signal->own_pad()->left.store(1u << 1);
   call.enqueue(gpus, 0);
@@ -328,7 +328,7 @@ TEST(CollectivesCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
 
 TEST(CollectivesCuda, TheHostsAbortEndsAWaitBeforeTheDeadline) {
   std::mt19937_64 random(9);
-  Gpus gpus(2, 9, 10);
+  Gpus gpus(2, 9, 1000);
   AllReduce call(gpus, Algorithm::one_shot, DType::float32, 50, random);
   const_cast<AbortRecord*>(gpus[0].signal->abort_record())->state.store(AbortRecord::kComplete);
   call.enqueue(gpus, 1);

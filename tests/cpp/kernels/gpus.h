@@ -33,7 +33,7 @@ struct Gpu {
 
 class Gpus {
  public:
-  // Time is the emulator's: a step of a thread is 100 ns.
+  // For kernels `seconds` is the emulator's time: 10,000 steps each.
   explicit Gpus(int size, uint64_t seed, double seconds = 1e6, int max_ctas = 2, size_t arena_bytes = 4 << 20)
       : machine(seed) {
     const LayoutCuda layout = LayoutCuda::of(arena_bytes, size);
