@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     decode(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
            const __grid_constant__ DecodeCuda a) {
   std::byte* const memory = dynamic_shared_memory();
-  __shared__ alignas(8) uint64_t full[kMaxStages], empty[kMaxStages];
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
   __shared__ volatile uint32_t done[T::kMathWarps];
   const Ring ring{(shared_address(memory) + 1023) & ~1023u, full, empty, a.stages};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x & (kWarp - 1);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     prefill(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
             const __grid_constant__ PrefillCuda a) {
   std::byte* const memory = dynamic_shared_memory();
-  __shared__ alignas(8) uint64_t full[kMaxPrefillStages], empty[kMaxPrefillStages];
+  __shared__ uint64_t full[kMaxPrefillStages], empty[kMaxPrefillStages];
   __shared__ Handover handover;
   const uint32_t base = (shared_address(memory) + 1023) & ~1023u;
   const Ring ring{base, full, empty, a.stages};

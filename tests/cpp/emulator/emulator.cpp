@@ -27,7 +27,7 @@ bool overlap(const std::byte* a, size_t a_size, const std::byte* b, size_t b_siz
 // ---- CTA ----
 
 Cta::Cta(Grid& owner, unsigned index)
-    : grid(owner), block{index, 0, 0}, fibers(owner.block_dim.x), shared(owner.shared_bytes + 2048) {
+    : grid(owner), block{index, 0, 0}, fibers(owner.block_dim.x), shared(owner.shared_bytes, std::byte{0xFF}) {
   warps.resize((fibers.size() + kWarp - 1) / kWarp);
   live = static_cast<unsigned>(fibers.size());
   for (unsigned t = 0; t < fibers.size(); t++) {
@@ -157,7 +157,10 @@ void Machine::start_and_end_grids() {
     while (!grids.empty() && grids.front()->started) {
       Grid& first = *grids.front();
       if (std::any_of(first.ctas.begin(), first.ctas.end(), [](const auto& cta) { return cta->live > 0; })) break;
-      for (const auto& cta : first.ctas) cta->flush();
+      for (const auto& cta : first.ctas) {
+        if (cta->copies > 0) throw std::runtime_error("a kernel ended with bulk copies under way");
+        cta->flush();
+      }
       grids.pop_front();
       if (!grids.empty()) {
         for (Fiber* fiber : grids.front()->waiting_for_previous) wake(fiber);
@@ -241,6 +244,7 @@ void Machine::run(uint64_t most) {
     const unsigned slices = 1 + static_cast<unsigned>(draw(64));
     cta->run(slices);
     steps_ += slices;
+    if (!failure_.empty()) throw std::runtime_error(failure_);
   }
 }
 
@@ -259,6 +263,14 @@ void yield(bool polls) {
 void block() {
   Fiber* fiber = running;
   if (_setjmp(fiber->context) == 0) _longjmp(fiber->cta->scheduler_, 1);
+}
+
+void fault(const std::string& what) {
+  if (running == nullptr) throw std::runtime_error(what);
+  const Fiber& fiber = *running;
+  Machine::now().fail("CTA " + std::to_string(fiber.cta->block.x) + ", thread " + std::to_string(fiber.thread) + ": " +
+                      what);
+  for (;;) block();
 }
 
 bool arrive(Barrier& barrier, unsigned threads, bool value) {
@@ -315,6 +327,7 @@ void load(void* to, const void* from, size_t bytes) {
   std::memcpy(to, from, bytes);
   const auto* begin = static_cast<const std::byte*>(from);
   for (const Pending& store : fiber.cta->stores) {  // a CTA sees its own stores
+    if (!overlap(store.to, store.size, begin, bytes)) continue;
     for (size_t i = 0; i < store.size; i++) {
       const std::byte* at = store.to + i;
       if (at >= begin && at < begin + bytes) static_cast<std::byte*>(to)[at - begin] = store.bytes[i];
@@ -326,13 +339,17 @@ void fence() {
   self().cta->flush();
 }
 
+Cta& cta_of_cluster(unsigned rank_in_cluster) {
+  const Cta& here = *self().cta;
+  return *here.grid.ctas[here.block.x / here.grid.cluster * here.grid.cluster + rank_in_cluster];
+}
+
 void* in_cta(void* p, unsigned rank_in_cluster) {
   const Cta& here = *self().cta;
-  const unsigned first = here.block.x / here.grid.cluster * here.grid.cluster;
-  Cta& there = *here.grid.ctas[first + rank_in_cluster];
+  const Cta& there = cta_of_cluster(rank_in_cluster);
   auto* at = static_cast<std::byte*>(p);
   if (at >= here.shared.data() && at < here.shared.data() + here.shared.size()) {
-    return there.shared.data() + (at - here.shared.data());
+    return const_cast<std::byte*>(there.shared.data()) + (at - here.shared.data());
   }
   return const_cast<std::byte*>(there.anchor) + (at - here.anchor);
 }

@@ -38,13 +38,30 @@ class Cta;
 class Grid;
 class Machine;
 
+// A matrix product that was issued and not waited for: see hopper.h.
+struct Product {
+  float* sums;    // of this thread
+  uint64_t a, b;  // operands in shared memory
+  int columns;
+  float (*number)(uint16_t bits);
+  unsigned group;
+};
+
+// A bulk copy to global memory.
+struct CopyOut {
+  bool committed = false, read = false, arrived = false;
+};
+
 // One CUDA thread.
 struct Fiber {
   Cta* cta = nullptr;
   unsigned thread = 0;
   bool ended = false;
-  const void* looked_at = nullptr;                     // by the last load: a second look at the same place is a poll
-  std::vector<std::function<void()>> matrix_products;  // wgmma, issued and not waited for
+  const void* looked_at = nullptr;  // by the last load: a second look at the same place is a poll
+  std::vector<Product> products;
+  unsigned groups = 0;  // of products, committed
+  std::vector<std::shared_ptr<CopyOut>> copies;
+  std::vector<uint32_t> unfenced;  // units of shared memory that it stored, no fence since
   std::byte* stack = nullptr;
   ucontext_t begin{};  // how it is entered the first time; from then on by `context`, which costs no system call
   jmp_buf context{};
@@ -79,7 +96,15 @@ class Cta {
   unsigned live = 0;
   bool lets_next_in = false;
   std::vector<std::byte> shared;  // dynamic shared memory
+  std::vector<uint16_t> stored;   // thread + 1 that stored these 16 bytes of it, no fence for copies since
+  unsigned copies = 0;            // of the bulk engine that it issued and that are under way
   Barrier everybody, named[16];
+  Barrier cluster;  // of its first CTA
+  struct Waiting {
+    const void* barrier;  // an mbarrier
+    Fiber* fiber;
+  };
+  std::vector<Waiting> waiting;
   struct Warp {
     Barrier barrier;
     uint32_t values[kWarp] = {};
@@ -157,6 +182,7 @@ class Machine {
   }
   uint64_t time_ns() const { return 1'000'000 + steps_ * kStepNs; }
   void wake(Fiber* fiber) { fiber->cta->ready.push_back(fiber); }
+  void fail(const std::string& what) { failure_ = what; }  // run() throws it
 
   std::byte* take_stack();
   void give_stack(std::byte* stack) { stacks_.push_back(stack); }
@@ -167,6 +193,7 @@ class Machine {
 
   uint64_t state_;
   uint64_t steps_ = 0;
+  std::string failure_;
   std::vector<Stream*> streams_;
   std::vector<std::function<void()>> actions_;
   std::vector<std::byte*> stacks_;
@@ -178,6 +205,9 @@ Fiber& self();
 void yield(bool polls = false);  // lets others run
 void block();                    // until somebody wakes this fiber
 
+// What a GPU would punish, or leave undefined: the run ends with this message.
+[[noreturn]] void fault(const std::string& what);
+
 bool arrive(Barrier& barrier, unsigned threads, bool value = true);  // true when it was the last
 bool sync(Barrier& barrier, unsigned threads, bool value = true);    // the conjunction of all values
 // All lanes of a warp give a value and get everybody's.
@@ -187,6 +217,7 @@ void store(void* to, const void* from, size_t bytes);  // relaxed
 void load(void* to, const void* from, size_t bytes);
 void fence();  // everything that this CTA stored reaches everybody
 
+Cta& cta_of_cluster(unsigned rank_in_cluster);
 // `p`, an address of this CTA's `__shared__` or dynamic memory, in another CTA of the cluster.
 void* in_cta(void* p, unsigned rank_in_cluster);
 

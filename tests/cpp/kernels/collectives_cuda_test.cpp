@@ -12,12 +12,6 @@ namespace {
 constexpr DType kFloats[] = {DType::float32, DType::bfloat16, DType::float16};
 constexpr Algorithm kSums[] = {Algorithm::one_shot, Algorithm::two_shot, Algorithm::two_shot_direct};
 
-// How many seeds a randomised test takes: `few` by default, SGLANG_SYMM_TEST_N when that is set.
-uint64_t seeds(uint64_t few) {
-  const char* text = std::getenv("SGLANG_SYMM_TEST_N");
-  return text != nullptr && std::atoi(text) > 0 ? static_cast<uint64_t>(std::atoi(text)) : few;
-}
-
 // A tensor of one rank, in its arena or outside of it.
 struct Tensor {
   Tensor(Gpu& gpu, size_t count, DType dtype, bool inside, size_t misalignment = 0)
@@ -85,19 +79,6 @@ struct AllReduce {
   std::deque<Tensor> in, out;
   std::vector<AllReduceArgs> calls;
 };
-
-void expect_at_rest(Gpus& gpus) {
-  for (int r = 0; r < gpus.size(); r++) {
-    const PadCuda& pad = gpus.pad(r);
-    EXPECT_EQ(pad.broken, 0u) << "rank " << r;
-    for (int c = 1; c < kMaxCtas; c++) ASSERT_EQ(pad.epoch[c], pad.epoch[0]) << "rank " << r << ", CTA " << c;
-    EXPECT_EQ(pad.epoch[0], gpus.pad(0).epoch[0]) << "rank " << r;
-    const auto* word = reinterpret_cast<const uint32_t*>(gpus[r].arena->base() + gpus.layout().slots);
-    for (size_t i = 0; i < 2 * gpus.layout().slot_bytes / 4; i++) {
-      ASSERT_EQ(word[i], kSentinel) << "rank " << r << ", word " << i << " of the slots";
-    }
-  }
-}
 
 TEST(CollectivesCuda, AllReduceGivesTheBitsOfTheCpusSumInEveryAlgorithm) {
   for (const int world : {2, 3, 4, 5, 8, 16}) {
@@ -351,17 +332,6 @@ TEST(CollectivesCuda, AReplayAfterTheGroupsEndTouchesNobody) {
 }
 
 // ---- residual and norm ----
-
-float to_float32(const std::byte* data, size_t i, DType dtype) {
-  if (dtype == DType::float32) {
-    float f;
-    std::memcpy(&f, data + 4 * i, 4);
-    return f;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, data + 2 * i, 2);
-  return to_float(bits, dtype);
-}
 
 TEST(CollectivesCuda, AllReduceNormIsTheSumAddedAndScaledRowByRow) {
   for (uint64_t seed = 0; seed < seeds(6); seed++) {

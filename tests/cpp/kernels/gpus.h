@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -17,6 +18,12 @@
 #include "memory/segment_cpu.h"
 
 namespace sglang_symm::testing {
+
+// How many seeds a randomised test takes: `few` by default, SGLANG_SYMM_TEST_N when that is set.
+inline uint64_t seeds(uint64_t few) {
+  const char* text = std::getenv("SGLANG_SYMM_TEST_N");
+  return text != nullptr && std::atoi(text) > 0 ? static_cast<uint64_t>(std::atoi(text)) : few;
+}
 
 struct Gpu {
   std::unique_ptr<SignalCpu> signal;
@@ -88,6 +95,17 @@ inline uint32_t bits_of(float value, DType dtype) {
   return dtype == DType::float32 ? bits : from_float(value, dtype);
 }
 
+inline float to_float32(const std::byte* data, size_t i, DType dtype) {
+  if (dtype == DType::float32) {
+    float f;
+    std::memcpy(&f, data + 4 * i, 4);
+    return f;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, data + 2 * i, 2);
+  return to_float(bits, dtype);
+}
+
 // Elements of one dtype with bytes around them that nobody may touch.
 class Buffer {
  public:
@@ -122,6 +140,20 @@ inline void fill_at_random(std::byte* data, size_t count, DType dtype, std::mt19
     if ((draw >> 50) % 97 == 0) bits = static_cast<uint32_t>(random());
     if ((draw >> 50) % 89 == 0) bits = 0xFFFFFFFFu;  // what slots rest at
     std::memcpy(data + i * element_size(dtype), &bits, element_size(dtype));
+  }
+}
+
+// What every call leaves behind: equal epochs, slots that hold the sentinel.
+inline void expect_at_rest(Gpus& gpus) {
+  for (int r = 0; r < gpus.size(); r++) {
+    const PadCuda& pad = gpus.pad(r);
+    EXPECT_EQ(pad.broken, 0u) << "rank " << r;
+    for (int c = 1; c < kMaxCtas; c++) ASSERT_EQ(pad.epoch[c], pad.epoch[0]) << "rank " << r << ", CTA " << c;
+    EXPECT_EQ(pad.epoch[0], gpus.pad(0).epoch[0]) << "rank " << r;
+    const auto* word = reinterpret_cast<const uint32_t*>(gpus[r].arena->base() + gpus.layout().slots);
+    for (size_t i = 0; i < 2 * gpus.layout().slot_bytes / 4; i++) {
+      ASSERT_EQ(word[i], kSentinel) << "rank " << r << ", word " << i << " of the slots";
+    }
   }
 }
 

@@ -1,0 +1,127 @@
+// csrc/fused/ptx_sm90.cuh for the emulator: the same names.
+#pragma once
+
+#include "collective/vector_cuda.cuh"
+#include "hopper.h"
+
+namespace sglang_symm::device {
+
+constexpr uint64_t kEvictNormal = 0, kEvictFirst = 0, kEvictLast = 0;
+
+inline uint32_t shared_address(const void* p) {
+  return emulator::shared_address(p);
+}
+
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  emulator::barrier_init(barrier, arrivals);
+}
+inline void barrier_init_visible() {}
+inline void barrier_expect(uint64_t* barrier, int bytes) {
+  emulator::barrier_arrive(*emulator::self().cta, barrier, bytes);
+}
+inline void barrier_arrive(uint64_t* barrier) {
+  emulator::barrier_arrive(*emulator::self().cta, barrier);
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  emulator::barrier_wait(barrier, parity);
+}
+
+inline uint32_t cluster_rank() {
+  const emulator::Cta& cta = *emulator::self().cta;
+  return cta.block.x % cta.grid.cluster;
+}
+inline void cluster_sync() {
+  emulator::cluster_sync();
+}
+inline void barrier_arrive_at(uint64_t* barrier, uint32_t cta) {
+  emulator::barrier_arrive(emulator::cta_of_cluster(cta), static_cast<uint64_t*>(emulator::in_cta(barrier, cta)));
+}
+
+inline void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint64_t* barrier, uint64_t) {
+  emulator::load_box(to, *map, column, row, barrier, 1u << cluster_rank());
+}
+inline void load_box_to_all(uint32_t to, const CUtensorMap* map, int column, int row, uint64_t* barrier, uint16_t ctas,
+                            uint64_t) {
+  emulator::load_box(to, *map, column, row, barrier, ctas);
+}
+inline void prefetch_map(const CUtensorMap*) {}
+inline void fence_for_copies() {
+  emulator::fence_for_copies();
+}
+inline void copy_out(void* to, uint32_t from, int bytes) {
+  emulator::copy_out(to, from, bytes);
+}
+inline void copies_commit() {
+  emulator::copies_commit();
+}
+inline void copy_in(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
+  emulator::copy_in(to, from, bytes, barrier);
+}
+inline void copies_read() {
+  emulator::copies_wait(false);
+}
+inline void copies_arrived() {
+  emulator::copies_wait(true);
+}
+
+inline void store_shared(uint32_t to, uint4 v) {
+  emulator::store_shared(to, &v, sizeof v);
+}
+inline uint4 load_shared(uint32_t from) {
+  if (emulator::Machine::now().draw(16) == 0) emulator::yield();
+  uint4 v;
+  std::memcpy(&v, emulator::shared_at(*emulator::self().cta, from, sizeof v), sizeof v);
+  return v;
+}
+inline void raise(uint32_t* counter, uint32_t to) {
+  if (emulator::Machine::now().draw(4) == 0) emulator::yield();
+  *counter = to;
+}
+inline uint32_t raised(const uint32_t* counter) {
+  return *counter;
+}
+
+inline void store_slot(void* p, uint4 v) {
+  store_sys(p, v);
+}
+inline uint4 load_slot(const void* p) {
+  return load_sys(p);
+}
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+  emulator::products_commit();
+}
+inline void wgmma_wait_all() {
+  emulator::products_wait(0);
+}
+inline void wgmma_wait_previous() {
+  emulator::products_wait(1);
+}
+// As the hardware takes it.
+inline uint64_t operand(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32, kUnused = 1ull << 16;
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | kUnused | kEightRows | kSwizzle128;
+}
+template <class Type, int N>
+struct Wgmma {
+  static void add(float (&d)[N / 2], uint64_t a, uint64_t b) { emulator::multiply(d, N, a, b, &Type::load); }
+};
+
+inline void meet_warpgroup() {
+  emulator::Fiber& fiber = emulator::self();
+  emulator::sync(fiber.cta->named[1 + fiber.thread / 128], 128);
+}
+template <int Registers>
+inline void give_registers() {}
+template <int Registers>
+inline void take_registers() {}
+
+inline uint32_t transpose_8x8(uint32_t word) {
+  const uint32_t* all = emulator::exchange(word);
+  const unsigned lane = emulator::self().thread % emulator::kWarp, row = lane / 4, column = 2 * (lane % 4);
+  const auto of = [&](unsigned r, unsigned c) { return all[4 * r + c / 2] >> 16 * (c % 2) & 0xFFFFu; };
+  return of(column, row) | of(column + 1, row) << 16;
+}
+
+}  // namespace sglang_symm::device

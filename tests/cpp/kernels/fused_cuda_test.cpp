@@ -1,0 +1,548 @@
+// The fused CUDA kernels on the emulator: bits, protocol, failures.
+#include <deque>
+#include <limits>
+#include <optional>
+#include <variant>
+
+#include "fused/decode_cuda.h"
+#include "fused/prefill_cuda.h"
+#include "gpus.h"
+
+namespace sglang_symm::testing {
+namespace {
+
+constexpr DType kTypes[] = {DType::bfloat16, DType::float16};
+using Config = std::variant<GemmConfig, PrefillConfig>;
+
+struct Options {
+  bool bias = false;
+  bool static_weight = false;
+  int by_library = -1;            // the rank whose product is made before; -1: none
+  bool wild = false;              // infinities and NaNs among the inputs
+  bool y_inside = false;          // y lies in the arena
+  bool from_collectives = false;  // an all_reduce before the call writes x, a broadcast the weight
+};
+
+// Rows of small integers; what lies between them, nobody may multiply.
+struct Matrix {
+  Matrix(int rows, int columns, int stride, DType dtype)
+      : rows(rows),
+        columns(columns),
+        stride(stride),
+        dtype(dtype),
+        memory(static_cast<size_t>(rows) * static_cast<size_t>(stride), dtype) {
+    std::memset(memory.data(), 0xFF, memory.bytes());
+  }
+  size_t index(int row, int column) const {
+    return static_cast<size_t>(row) * static_cast<size_t>(stride) + static_cast<size_t>(column);
+  }
+  void set(int row, int column, uint16_t bits) { std::memcpy(memory.data() + 2 * index(row, column), &bits, 2); }
+  float at(int row, int column) { return to_float32(memory.data(), index(row, column), dtype); }
+  MatrixCuda of_kernel() { return {memory.data(), rows, columns, stride}; }
+
+  int rows, columns, stride;
+  DType dtype;
+  Buffer memory;
+};
+
+uint16_t number(DType dtype, bool wild, std::mt19937_64& random) {
+  const uint64_t draw = random();
+  if (wild && draw % 301 == 0) {
+    const float values[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+                            std::numeric_limits<float>::quiet_NaN()};
+    return (draw >> 20) % 4 == 3 ? 0xFFFF : from_float(values[(draw >> 20) % 4], dtype);
+  }
+  return from_float(static_cast<float>(static_cast<int>((draw >> 32) % 7) - 3), dtype);
+}
+
+void fill(Matrix& m, bool wild, std::mt19937_64& random) {
+  for (int row = 0; row < m.rows; row++) {
+    for (int column = 0; column < m.columns; column++) m.set(row, column, number(m.dtype, wild, random));
+  }
+}
+
+// One fused linear of all ranks, enqueued and not run.
+class Linear {
+ public:
+  Linear(Gpus& gpus, const Config& config, DType dtype, int m, int n, const Options& options, std::mt19937_64& random)
+      : options_(options),
+        dtype_(dtype),
+        m_(m),
+        n_(n),
+        config_(config),
+        bias_(1, n, n, dtype),
+        expected_(count(), dtype) {
+    const bool same = options.from_collectives;
+    const int most = static_cast<int>(random() % 3 == 0 ? 600 : 150),
+              common = 8 * (1 + static_cast<int>(random() % 40));
+    fill(bias_, options.wild, random);
+    std::vector<const void*> sources;
+    for (int r = 0; r < gpus.size(); r++) {
+      // How long a rank's part of k is and how its tensors lie is its own affair.
+      int k = same ? common : 8 * (1 + static_cast<int>(random() % static_cast<unsigned>(most / 8)));
+      if (r == options.by_library) k -= 5;
+      const int stride = (k + 7) / 8 * 8;
+      x_.emplace_back(m, k, stride + (same ? 0 : 8 * static_cast<int>(random() % 3)), dtype);
+      weight_.emplace_back(n, k, stride + (same ? 0 : 8 * static_cast<int>(random() % 3)), dtype);
+      fill(x_.back(), options.wild, random);
+      fill(weight_.back(), options.wild && random() % 4 == 0, random);
+      if (same && r > 0) x_.back() = x_.front(), weight_.back() = weight_.front();
+      multiply(x_.back(), weight_.back());
+      y_outside_.emplace_back(count(), dtype);
+      std::byte* y = options.y_inside ? gpus[r].inside<std::byte>(2 * count()) : y_outside_.back().data();
+      y_.push_back(y);
+    }
+    for (Buffer& product : products_) sources.push_back(product.data());
+    void* output = expected_.data();
+    SumTask task{sources.data(), gpus.size(), &output, 1, count(), dtype};
+    if (options.bias) task.bias = bias_.memory.data(), task.bias_length = static_cast<size_t>(n);
+    sum_in_rank_order(task, CpuPath::portable);
+    descriptor.op = OpCode::row_parallel_linear;
+    descriptor.dtype = dtype;
+    const bool one_shot = std::holds_alternative<GemmConfig>(config) ? !std::get<GemmConfig>(config).two_shot
+                                                                     : std::get<PrefillConfig>(config).one_shot;
+    descriptor.algorithm = one_shot ? Algorithm::one_shot : Algorithm::two_shot;
+    descriptor.flags = Descriptor::kFused | (options.bias ? Descriptor::kHasBias : 0);
+    descriptor.aux = static_cast<uint32_t>(n);
+    descriptor.count = static_cast<uint64_t>(m);
+    if (options.from_collectives) hide();
+  }
+
+  void enqueue(Gpus& gpus) {
+    for (int r = 0; r < gpus.size(); r++) enqueue(gpus, r);
+  }
+  void enqueue(Gpus& gpus, int rank) {
+    if (options_.from_collectives) bring(gpus, rank);
+    if (std::holds_alternative<GemmConfig>(config_)) {
+      enqueue_decode(gpus, rank, std::get<GemmConfig>(config_));
+    } else {
+      enqueue_prefill(gpus, rank, std::get<PrefillConfig>(config_));
+    }
+  }
+  void clear() {
+    for (std::byte* y : y_) std::memset(y, 0, 2 * count());
+    if (options_.from_collectives) hide();
+  }
+
+  // The first element that is not as expected, on any rank.
+  std::string wrong() {
+    for (size_t r = 0; r < y_.size(); r++) {
+      for (size_t i = 0; i < count(); i++) {
+        if (std::memcmp(y_[r] + 2 * i, expected_.data() + 2 * i, 2) == 0) continue;
+        return what() + ": rank " + std::to_string(r) + ", token " + std::to_string(i / static_cast<size_t>(n_)) +
+               ", column " + std::to_string(i % static_cast<size_t>(n_)) + ": expected " +
+               std::to_string(to_float32(expected_.data(), i, dtype_)) + ", got " +
+               std::to_string(to_float32(y_[r], i, dtype_));
+      }
+      if (!y_outside_[r].untouched_around()) return what() + ": bytes beside y of rank " + std::to_string(r);
+    }
+    return "";
+  }
+  bool all_nan(int rank) const {
+    for (size_t i = 0; i < count(); i++) {
+      const float f = to_float32(y_[static_cast<size_t>(rank)], i, dtype_);
+      if (f == f) return false;
+    }
+    return true;
+  }
+  std::string what() const {
+    return to_string(descriptor) + " with " + std::visit([](const auto& c) { return to_string(c); }, config_) +
+           (options_.bias ? ", bias" : "") + (options_.static_weight ? ", static weight" : "") +
+           (options_.by_library >= 0 ? ", by the library on rank " + std::to_string(options_.by_library) : "");
+  }
+
+  Descriptor descriptor;
+
+ private:
+  size_t count() const { return static_cast<size_t>(m_) * static_cast<size_t>(n_); }
+
+  // round(x @ w^T)
+  void multiply(Matrix& x, Matrix& w) {
+    std::vector<float> tokens, rows;
+    const auto k = static_cast<size_t>(x.columns);
+    const auto floats = [&](Matrix& matrix, std::vector<float>* to) {
+      for (int row = 0; row < matrix.rows; row++) {
+        for (int column = 0; column < matrix.columns; column++) to->push_back(matrix.at(row, column));
+      }
+    };
+    floats(x, &tokens);
+    floats(w, &rows);
+    Buffer& product = products_.emplace_back(count(), dtype_);
+    for (size_t i = 0; i < count(); i++) {
+      const float* a = tokens.data() + i / static_cast<size_t>(n_) * k;
+      const float* b = rows.data() + i % static_cast<size_t>(n_) * k;
+      float sum = 0;
+      for (size_t j = 0; j < k; j++) sum += a[j] * b[j];
+      uint16_t bits = from_float(sum, dtype_);
+      if (sum != sum) bits = 0xFFFF;  // the library may round to any NaN
+      std::memcpy(product.data() + 2 * i, &bits, 2);
+    }
+  }
+
+  // What collectives shall bring is not there before them.
+  void hide() {
+    for (size_t r = 0; r < x_.size(); r++) {
+      if (r == 0 && x_parts_.empty()) {
+        for (size_t part = 0; part < x_.size(); part++) {
+          x_parts_.push_back(x_[0].memory);
+          if (part > 0) std::memset(x_parts_.back().data(), 0, x_parts_.back().bytes());
+        }
+        weight_source_ = weight_[0].memory;
+      }
+      std::memset(x_[r].memory.data(), 0xFF, x_[r].memory.bytes());
+      if (r == 0) {
+        weight_[r].memory = *weight_source_;
+      } else {
+        std::memset(weight_[r].memory.data(), 0xFF, weight_[r].memory.bytes());
+      }
+    }
+  }
+  void bring(Gpus& gpus, int rank) {
+    const auto r = static_cast<size_t>(rank);
+    const size_t elements = x_[r].memory.bytes() / 2, bytes = weight_[r].memory.bytes();
+    gpus[rank].collectives->broadcast(describe(OpCode::broadcast, Algorithm::one_shot, DType::bytes, bytes),
+                                      weight_[r].memory.data(), bytes, 0, &gpus[rank].stream);
+    gpus[rank].collectives->all_reduce(describe(OpCode::all_reduce, Algorithm::two_shot, dtype_, elements),
+                                       {x_parts_[r].data(), x_[r].memory.data(), elements, dtype_}, &gpus[rank].stream);
+  }
+
+  template <class Args>
+  void fill_in(Args* args, Gpus& gpus, int rank) {
+    const auto r = static_cast<size_t>(rank);
+    args->call = gpus[rank].collectives->enter(descriptor, &gpus[rank].stream);
+    args->y = y_[r];
+    args->bias = options_.bias ? bias_.memory.data() : nullptr;
+    args->partial = rank == options_.by_library ? products_[r].data() : nullptr;
+    args->m = m_;
+    args->n = n_;
+    args->static_weight = options_.static_weight && args->partial == nullptr;
+    args->slots = gpus.layout().slots;
+    args->slot_bytes = gpus.layout().slot_bytes;
+  }
+  // Any two matrices where there is a product.
+  MatrixCuda operand(Matrix& matrix, int rank) {
+    if (rank != options_.by_library) return matrix.of_kernel();
+    return {products_[static_cast<size_t>(rank)].data(), m_, n_, n_};
+  }
+  void enqueue_decode(Gpus& gpus, int rank, const GemmConfig& config) {
+    const auto r = static_cast<size_t>(rank);
+    ASSERT_LE(slot_bytes(config, gpus.size()), gpus.layout().slot_bytes);
+    DecodeCuda args{};
+    fill_in(&args, gpus, rank);
+    launch_decode(config, args, operand(x_[r], rank), operand(weight_[r], rank), &gpus[rank].stream);
+  }
+  void enqueue_prefill(Gpus& gpus, int rank, const PrefillConfig& config) {
+    const auto r = static_cast<size_t>(rank);
+    const LayoutCuda& layout = gpus.layout();
+    ASSERT_LE(slot_bytes(config, gpus.size()), layout.slot_bytes);
+    ASSERT_LE(staging_bytes(config, m_, n_, gpus.size()), layout.staging_bytes);
+    PrefillCuda args{};
+    fill_in(&args, gpus, rank);
+    if (!config.one_shot) {  // peers write y
+      Arena& arena = *gpus[rank].arena;
+      args.call.offset_out = options_.y_inside ? static_cast<size_t>(y_[r] - arena.base()) : layout.staging_out;
+      args.y = args.call.window[rank] + args.call.offset_out;
+    }
+    args.partials = layout.staging_in;
+    launch_prefill(config, args, operand(x_[r], rank), operand(weight_[r], rank), &gpus[rank].stream);
+    if (args.y != y_[r]) {
+      check_cuda(cudaMemcpyAsync(y_[r], args.y, 2 * count(), cudaMemcpyDeviceToDevice, &gpus[rank].stream), "copy");
+    }
+  }
+
+  Options options_;
+  DType dtype_;
+  int m_, n_;
+  Config config_;
+  Matrix bias_;
+  Buffer expected_;
+  std::deque<Matrix> x_, weight_;
+  std::deque<Buffer> products_, y_outside_, x_parts_;
+  std::optional<Buffer> weight_source_;
+  std::vector<std::byte*> y_;
+};
+
+// ---- configurations ----
+
+// The table's, for a GPU of few SMs, with as few stages as the kernel takes: the ring goes round more often.
+GemmConfig decode_config(int world, int m, int n, int sms, int stages = 2) {
+  auto config = choose_decode({m, n, world, sms});
+  EXPECT_TRUE(config.has_value());
+  config->stages = stages;
+  return *config;
+}
+
+PrefillConfig prefill_config(int world, int m, int n, int ctas, bool one_shot, int stages = 2) {
+  PrefillConfig config{};
+  config.tile_n = world == 2 && !one_shot ? 256 : 128;
+  config.stages = stages;
+  config.one_shot = one_shot;
+  config.ctas = one_shot ? 1 << 20 : ctas;  // one-shot: a tile a pair, else ranks wait for each other in a circle
+  return with_tokens(config, m, n, world);
+}
+
+Options any_options(int world, std::mt19937_64& random) {
+  Options options;
+  options.bias = random() % 2 == 0;
+  options.static_weight = random() % 2 == 0;
+  options.by_library = random() % 4 == 0 ? static_cast<int>(random() % static_cast<unsigned>(world)) : -1;
+  options.wild = random() % 4 == 0;
+  options.y_inside = random() % 2 == 0;
+  return options;
+}
+
+int any(std::initializer_list<int> of, std::mt19937_64& random) {
+  return *(of.begin() + random() % of.size());
+}
+
+// ---- bits ----
+
+TEST(FusedCuda, DecodeGivesTheBitsOfTheSumOfRoundedProducts) {
+  for (uint64_t seed = 0; seed < seeds(1); seed++) {
+    for (const int world : {2, 4, 8}) {
+      for (const int m : {1, 2, 5, 7, 8, 9, 16, 17, 40, 64}) {
+        std::mt19937_64 random(seed * 1000 + static_cast<uint64_t>(10 * m + world));
+        const DType dtype = kTypes[(seed + static_cast<uint64_t>(m)) % 2];
+        Gpus gpus(world, random());
+        const int n = 8 * (1 + static_cast<int>(random() % 30));
+        GemmConfig config = decode_config(world, m, n, any({1, 2, 3}, random), any({1, 2, 3}, random));
+        if (world > 2 && random() % 3 == 0) config.two_shot = !config.two_shot;
+        std::deque<Linear> calls;
+        for (int i = 0; i < 3; i++) {
+          calls.emplace_back(gpus, config, dtype, m, n, any_options(world, random), random).enqueue(gpus);
+        }
+        gpus.run();
+        for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+        expect_at_rest(gpus);
+      }
+    }
+  }
+}
+
+TEST(FusedCuda, PrefillOneShotGivesTheBitsOfTheSumOfRoundedProducts) {
+  for (uint64_t seed = 0; seed < seeds(4); seed++) {
+    std::mt19937_64 random(seed);
+    const DType dtype = kTypes[seed % 2];
+    Gpus gpus(2, seed);
+    const int m = any({65, 130, 200, 256}, random), n = 8 * (1 + static_cast<int>(random() % 32));
+    std::deque<Linear> calls;
+    for (int i = 0; i < 3; i++) {
+      const PrefillConfig config = prefill_config(2, m, n, any({2, 4}, random), true, any({2, 3}, random));
+      calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
+    }
+    gpus.run();
+    for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+    expect_at_rest(gpus);
+  }
+}
+
+TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
+  for (uint64_t seed = 0; seed < seeds(3); seed++) {
+    for (const int world : {2, 3, 4}) {
+      std::mt19937_64 random(seed * 10 + static_cast<uint64_t>(world));
+      const DType dtype = kTypes[random() % 2];
+      Gpus gpus(world, random(), 1e6, 2, 8 << 20);
+      const int tile = world == 2 ? 256 : 128;
+      const int m = any({70, 200, 256, 300}, random), tiles = (m + 255) / 256;
+      const int n = std::max(tile * any({1, 2, 3}, random) / tiles, 128) - 8 * static_cast<int>(random() % 10);
+      const int ctas = any({2, 4}, random);
+      std::deque<Linear> calls;
+      for (int i = 0; i < 2; i++) {
+        const PrefillConfig config = prefill_config(world, m, n, ctas, false, any({2, 3}, random));
+        calls.emplace_back(gpus, config, dtype, m, n, any_options(world, random), random).enqueue(gpus);
+      }
+      gpus.run();
+      for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+      expect_at_rest(gpus);
+    }
+  }
+}
+
+TEST(FusedCuda, TheTablesOwnChoicesRun) {
+  std::mt19937_64 random(1);
+  for (const int world : {2, 3, 4}) {
+    for (const bool one_shot : {true, false}) {
+      if (one_shot && world > 2) continue;
+      const int m = 250, n = one_shot ? 120 : world == 2 ? 504 : 128 * world - 8;
+      const auto config = choose_prefill({m, n, world, 2});
+      ASSERT_TRUE(config.has_value());
+      EXPECT_EQ(config->one_shot, one_shot);
+      Gpus gpus(world, random(), 1e6, 2, 8 << 20);
+      Linear call(gpus, *config, DType::bfloat16, m, n, {.bias = true, .static_weight = true}, random);
+      call.enqueue(gpus);
+      gpus.run();
+      EXPECT_EQ(call.wrong(), "");
+      expect_at_rest(gpus);
+    }
+  }
+}
+
+// ---- calls in a row ----
+
+Config any_config(int world, int* m, int* n, std::mt19937_64& random) {
+  if (world == 8 || random() % 2 == 0) {
+    *m = any({1, 8, 12, 30}, random);
+    *n = 8 * (1 + static_cast<int>(random() % 20));
+    return decode_config(world, *m, *n, any({1, 2}, random));
+  }
+  *m = any({66, 150}, random);
+  const bool one_shot = world == 2 && random() % 2 == 0;
+  *n = one_shot ? 136 : 128 * world - 8 * static_cast<int>(random() % 3);
+  return prefill_config(world, *m, *n, 2, one_shot);
+}
+
+TEST(FusedCuda, WhatTheCallBeforeWritesIsReadOnlyThen) {
+  for (uint64_t seed = 0; seed < seeds(6); seed++) {
+    std::mt19937_64 random(seed);
+    const int world = any({2, 4}, random);
+    Gpus gpus(world, seed, 1e6, 2, 8 << 20);
+    std::deque<Linear> calls;
+    for (int i = 0; i < 3; i++) {
+      int m, n;
+      const Config config = any_config(world, &m, &n, random);
+      Options options{.bias = i == 0, .y_inside = random() % 2 == 0, .from_collectives = true};
+      calls.emplace_back(gpus, config, kTypes[random() % 2], m, n, options, random);
+    }
+    for (int r = 0; r < world; r++) {
+      for (Linear& call : calls) call.enqueue(gpus, r);
+    }
+    gpus.run();
+    for (Linear& call : calls) EXPECT_EQ(call.wrong(), "") << "seed " << seed;
+    expect_at_rest(gpus);
+  }
+}
+
+TEST(FusedCuda, AReplayIsTheSameLaunchesAgain) {
+  for (uint64_t seed = 0; seed < seeds(2); seed++) {
+    std::mt19937_64 random(seed);
+    const int world = seed % 2 == 0 ? 2 : 4;
+    Gpus gpus(world, seed, 1e6, 2, 8 << 20);
+    std::deque<Linear> calls;
+    for (int i = 0; i < 3; i++) {
+      int m, n;
+      const Config config = any_config(world, &m, &n, random);
+      calls.emplace_back(gpus, config, DType::bfloat16, m, n, any_options(world, random), random);
+    }
+    for (int replay = 0; replay < 3; replay++) {
+      for (Linear& call : calls) call.clear();
+      for (int r = 0; r < world; r++) {
+        for (Linear& call : calls) call.enqueue(gpus, r);
+        // An eager call between: the parity of each graph's calls changes.
+        const Descriptor descriptor = describe(OpCode::barrier, Algorithm::one_shot, DType::bytes, 0);
+        if (replay != 1) gpus[r].collectives->announce(descriptor, &gpus[r].stream);
+      }
+      gpus.run();
+      for (Linear& call : calls) EXPECT_EQ(call.wrong(), "") << "seed " << seed << ", replay " << replay;
+      expect_at_rest(gpus);
+    }
+  }
+}
+
+// ---- failures ----
+
+struct Kind {
+  int world, m, n;
+  Config config;
+};
+std::vector<Kind> every_kind() {
+  GemmConfig two_shot = decode_config(4, 20, 200, 1);
+  two_shot.two_shot = true;
+  return {{2, 20, 100 / 8 * 8, decode_config(2, 20, 96, 1)},
+          {4, 3, 200, decode_config(4, 3, 200, 2)},
+          {4, 20, 200, two_shot},
+          {2, 100, 136, prefill_config(2, 100, 136, 4, true)},
+          {2, 100, 504, prefill_config(2, 100, 504, 2, false)},
+          {3, 100, 376, prefill_config(3, 100, 376, 2, false)}};
+}
+
+TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
+  for (const Kind& kind : every_kind()) {
+    std::mt19937_64 random(5);
+    Gpus gpus(kind.world, 5, 0.02);
+    Linear fine(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
+        late(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
+        after(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    fine.enqueue(gpus);
+    gpus.run();
+    EXPECT_EQ(fine.wrong(), "");
+    late.clear();
+    after.clear();
+    const int missing = kind.world - 1;
+    for (int r = 0; r < missing; r++) {
+      late.enqueue(gpus, r);
+      after.enqueue(gpus, r);
+    }
+    gpus.run();
+    for (int r = 0; r < missing; r++) {
+      const AbortRecord& record = gpus[r].signal->own_pad()->device;
+      EXPECT_EQ(record.state.load(), AbortRecord::kComplete) << late.what();
+      EXPECT_EQ(record.kind, AbortKind::missing);
+      EXPECT_EQ(record.culprits, 1u << missing) << "rank " << r << " of " << late.what();
+      EXPECT_EQ(record.epoch, 2u);
+      EXPECT_EQ(gpus.pad(r).broken, 1u);
+      EXPECT_TRUE(late.all_nan(r)) << "rank " << r << " of " << late.what();
+      EXPECT_TRUE(after.all_nan(r)) << "rank " << r << " of " << after.what();
+    }
+  }
+}
+
+TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
+  for (const Kind& kind : every_kind()) {
+    std::mt19937_64 random(6);
+    Gpus gpus(kind.world, 6, 0.05);
+    // The same tiles: nothing but the headers tells.
+    Linear a(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {.bias = true}, random),
+        b(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    const int other = kind.world - 1;
+    for (int r = 0; r < other; r++) a.enqueue(gpus, r);
+    b.enqueue(gpus, other);
+    gpus.run();
+    for (int r = 0; r < kind.world; r++) {
+      const AbortRecord& record = gpus[r].signal->own_pad()->device;
+      EXPECT_EQ(record.kind, AbortKind::disagree) << "rank " << r << " of " << a.what();
+      EXPECT_EQ(record.culprits, 1u << other);
+      EXPECT_EQ(record.expected, a.descriptor);
+      EXPECT_EQ(record.got, b.descriptor);
+      EXPECT_EQ(gpus.pad(r).broken, 1u);
+    }
+  }
+}
+
+TEST(FusedCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
+  for (const Kind& kind : every_kind()) {
+    std::mt19937_64 random(9);
+    Gpus gpus(kind.world, 9, 10);
+    Linear call(gpus, kind.config, DType::float16, kind.m, kind.n, {}, random);
+    call.clear();
+    gpus[0].signal->own_pad()->left.store(1u << 1);
+    call.enqueue(gpus, 0);
+    gpus.run();
+    EXPECT_EQ(gpus[0].signal->own_pad()->device.kind, AbortKind::left) << call.what();
+    EXPECT_EQ(gpus[0].signal->own_pad()->device.culprits, 1u << 1);
+    EXPECT_TRUE(call.all_nan(0)) << call.what();
+  }
+}
+
+TEST(FusedCuda, AReplayAfterTheGroupsEndTouchesNobody) {
+  for (const Kind& kind : every_kind()) {
+    std::mt19937_64 random(2);
+    Gpus gpus(kind.world, 2);
+    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    call.clear();
+    gpus.pad(0).broken = 1;  // as the group's end leaves it
+    std::vector<std::vector<std::byte>> before;
+    for (int r = 1; r < kind.world; r++) {
+      before.emplace_back(gpus[r].arena->base(), gpus[r].arena->base() + gpus[r].arena->bytes());
+    }
+    call.enqueue(gpus, 0);
+    gpus.run();
+    for (int r = 1; r < kind.world; r++) {
+      const auto& then = before[static_cast<size_t>(r - 1)];
+      EXPECT_EQ(std::memcmp(then.data(), gpus[r].arena->base(), then.size()), 0) << call.what();
+    }
+    EXPECT_TRUE(call.all_nan(0)) << call.what();
+  }
+}
+
+}  // namespace
+}  // namespace sglang_symm::testing
