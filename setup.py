@@ -118,6 +118,8 @@ def make_extension(cuda: bool):
     nvcc = ["-std=c++20", "-O3", f"-Xcompiler={','.join(['-Wall', *common])}"]
     if werror:
         nvcc.append("--Werror=all-warnings")
+    if cuda and int(nvcc_release().split(".")[0]) >= 13:
+        nvcc.append("-compress-mode=size")  # 7.8 MB become 1.7; every driver of CUDA 13 reads it
     macros = [("SGLANG_SYMM_TORCH_VERSION", f'"{torch.__version__}"')]
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
