@@ -14,13 +14,14 @@ COUNTS = pytest.StashKey[list[str]]()
 
 
 def built(name: str) -> Path:
-    """The program of that name, built anew when its source is newer."""
+    """The program of that name, built anew when its source or explore.h is newer."""
     source = Path(__file__).with_name(f"{name}.cpp")
+    changed = max(file.stat().st_mtime for file in (source, source.with_name("explore.h")))
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip(f"no C++ compiler ({compiler})")
     program = ROOT / "build" / "model" / name
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+    if not program.exists() or program.stat().st_mtime < changed:
         program.parent.mkdir(parents=True, exist_ok=True)
         fresh = program.with_suffix(f".{os.getpid()}")  # moved into place: several test runs may build at a time
         subprocess.run([compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", source, "-o", fresh], check=True)

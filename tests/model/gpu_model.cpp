@@ -11,9 +11,7 @@
 // after that (griddepcontrol.wait). Two stores of a thread are in no order, unless a fence and a release say so. With
 // --in-order a thread's accesses are made one after the other: fewer states, for four ranks.
 //
-// A state is the set of accesses that each rank has made, and all words. The search is breadth first, so the first
-// violation that it meets has a shortest trace. Exit status: 0 all properties hold, 1 a counterexample, 2 bad
-// arguments.
+// A state is the set of accesses that each rank has made, and all words. The search and the command are explore.h's.
 //
 // Two accesses are made as soon as they can be, which hides nothing. A look at a sentinel slot: that it is late shows
 // in the store of the sentinel, which is an access of its own. The end of a kernel: the next one's accesses are not
@@ -21,15 +19,13 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <deque>
+#include <iterator>
 #include <string>
-#include <type_traits>
-#include <unordered_set>
 #include <utility>
 #include <vector>
+
+#include "explore.h"
 
 namespace {
 
@@ -126,12 +122,7 @@ constexpr const char* kMutants[] = {
 };
 static_assert(std::size(kMutants) == static_cast<size_t>(Mutant::one_buffer_of_results) + 1);
 
-struct Config {
-  int ranks = 2;
-  std::vector<Kind> calls;
-  Fault fault = kFaults[0];
-  int odd_rank = -1;  // with disagree: who makes another second call
-  Mutant mutant = Mutant::none;
+struct Config : explore::Config<Kind, Fault, Mutant> {
   bool in_order = false;
 };
 
@@ -466,21 +457,6 @@ struct State {
   std::array<uint8_t, 3> padding;
   std::array<uint8_t, Layout::kWords> now;
 };
-static_assert(sizeof(State) % 16 == 0 && std::has_unique_object_representations_v<State>, "states are hashed as bytes");
-
-uint64_t hash_of(const State& state) {
-  std::array<uint64_t, sizeof(State) / 8> blocks;
-  std::memcpy(blocks.data(), &state, sizeof state);
-  const auto fold = [](uint64_t a, uint64_t b) {
-    const auto product = static_cast<unsigned __int128>(a) * b;
-    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-  };
-  uint64_t hash = 0x9E3779B97F4A7C15u;
-  for (size_t i = 0; i < blocks.size(); i += 2) {
-    hash = fold(hash ^ blocks[i], 0xD6E8FEB86659FD93u ^ blocks[i + 1]) + 0xA0761D6478BD642Fu;
-  }
-  return hash;
-}
 
 enum class Action : uint8_t { access, give_up, stop };
 struct Move {
@@ -489,7 +465,7 @@ struct Move {
   uint8_t op;
 };
 
-class Machine {
+class Machine : public explore::Narrator {
  public:
   explicit Machine(const Config& config) : config_(config), at_(config.ranks) {
     for (int r = 0; r < config.ranks; r++) programs_.push_back(Writer(config_, at_, r).write());
@@ -503,30 +479,33 @@ class Machine {
     return state;
   }
 
-  // All moves that are possible.
-  void moves(const State& state, std::vector<Move>* out) const {
-    out->clear();
+  template <class Visit>
+  void each_move(const State& state, const Visit& visit) {
+    const auto make = [&](int r, Action action, size_t op) {
+      const Move move{static_cast<uint8_t>(r), action, static_cast<uint8_t>(op)};
+      State next = state;
+      apply(next, move);
+      visit(next, move, action != Action::stop);
+    };
     for (int r = 0; r < config_.ranks; r++) {
       if (((state.gone | state.over) >> r & 1) != 0) continue;
-      const auto rank = static_cast<uint8_t>(r);
       const auto& ops = programs_[r].ops;
       for (size_t i = first(state, r); i < last(state, r); i++) {
         if (!enabled(state, r, static_cast<int>(i))) continue;
-        const auto op = static_cast<uint8_t>(i);
         const bool waits = ops[i].act == Act::await || ops[i].act == Act::take;
         if (!waits || present(state, ops[i])) {
-          out->push_back({rank, Action::access, op});
+          make(r, Action::access, i);
         } else if (may_give_up(state, r)) {
-          out->push_back({rank, Action::give_up, op});
+          make(r, Action::give_up, i);
         }
       }
       const bool may_stop = (config_.fault.death || config_.fault.stop) && state.gone == 0;
-      if (may_stop) out->push_back({rank, Action::stop, 0});
+      if (may_stop) make(r, Action::stop, 0);
     }
   }
 
   void apply(State& state, Move move, std::vector<std::string>* log = nullptr) {
-    log_ = log;
+    begin_move(log);
     if (move.action == Action::stop) {
       say(move.rank, 0, "stops for ever");
       state.gone |= static_cast<uint8_t>(1 << move.rank);
@@ -537,8 +516,6 @@ class Machine {
     }
     settle(state);
   }
-
-  const std::string& violation() const { return violation_; }
 
   std::string stuck(const State& state) const {
     for (int r = 0; r < config_.ranks; r++) {
@@ -551,14 +528,6 @@ class Machine {
 
  private:
   bool mutant(Mutant m) const { return config_.mutant == m; }
-  void say(int r, int call, const std::string& what) {
-    if (log_ != nullptr) {
-      log_->push_back("rank " + std::to_string(r) + (call > 0 ? ", call " + std::to_string(call) : "") + ": " + what);
-    }
-  }
-  void violate(int r, const std::string& what) {
-    if (violation_.empty()) violation_ = "rank " + std::to_string(r) + " " + what;
-  }
   std::string names(const Op& op) const {
     std::string text = at_.name(op.words[0]);
     if (op.words.size() > 1) text += " and " + std::to_string(op.words.size() - 1) + " more";
@@ -749,7 +718,7 @@ class Machine {
 
   // What is done as soon as it can be.
   void settle(State& state) {
-    for (bool again = true; again && violation_.empty();) {
+    for (bool again = true; again && violation().empty();) {
       again = false;
       for (int r = 0; r < config_.ranks; r++) {
         if (((state.gone | state.over) >> r & 1) != 0) continue;
@@ -771,220 +740,17 @@ class Machine {
   Config config_;
   Layout at_;
   std::vector<Program> programs_;
-  std::vector<std::string>* log_ = nullptr;
-  std::string violation_;
 };
-
-// --- the search -----------------------------------------------------------------------------------------------------
-
-struct Result {
-  size_t states = 0, steps = 0, ends = 0, depth = 0;
-  std::string violation;
-  std::vector<std::string> trace;
-};
-
-class Search {
- public:
-  explicit Search(const Config& config) : config_(config), machine_(config) {}
-
-  Result run() {
-    add(machine_.initial(), kNone, {});
-    if (!machine_.violation().empty()) fail(machine_.violation(), 0, nullptr);
-    std::vector<Move> moves;
-    for (uint32_t index = 0; !frontier_.empty() && result_.violation.empty(); index++) {
-      const State state = frontier_.front();
-      frontier_.pop_front();
-      machine_.moves(state, &moves);
-      bool progress = false;
-      for (const Move& move : moves) {
-        State next = state;
-        machine_.apply(next, move);
-        result_.steps++;
-        progress = progress || move.action != Action::stop;
-        if (!machine_.violation().empty()) {
-          fail(machine_.violation(), index, &move);
-          break;
-        }
-        add(next, index, move);
-      }
-      if (progress || !result_.violation.empty()) continue;
-      result_.ends++;
-      const std::string stuck = machine_.stuck(state);
-      if (!stuck.empty()) fail(stuck, index, nullptr);
-    }
-    result_.states = seen_.size();
-    for (size_t node = nodes_.size() - 1; node != 0; node = nodes_[node].parent) result_.depth++;
-    return std::move(result_);
-  }
-
- private:
-  static constexpr uint32_t kNone = ~uint32_t{0};
-  struct Node {
-    uint32_t parent;
-    Move move;
-  };
-
-  void add(const State& state, uint32_t parent, Move move) {
-    if (!seen_.insert(hash_of(state)).second) return;
-    nodes_.push_back({parent, move});
-    frontier_.push_back(state);
-  }
-
-  void fail(const std::string& violation, uint32_t index, const Move* last) {
-    result_.violation = violation;
-    std::vector<Move> moves;
-    if (last != nullptr) moves.push_back(*last);
-    for (uint32_t node = index; nodes_[node].parent != kNone; node = nodes_[node].parent) {
-      moves.push_back(nodes_[node].move);
-    }
-    Machine again(config_);
-    State state = again.initial();
-    for (size_t i = moves.size(); i-- > 0;) {
-      std::vector<std::string> lines;
-      again.apply(state, moves[i], &lines);
-      for (size_t l = 0; l < lines.size(); l++) {
-        char number[16];
-        std::snprintf(number, sizeof number, l == 0 ? "%4zu  " : "      ", moves.size() - i);
-        result_.trace.push_back(number + lines[l]);
-      }
-    }
-  }
-
-  Config config_;
-  Machine machine_;
-  std::unordered_set<uint64_t> seen_;
-  std::vector<Node> nodes_;
-  std::deque<State> frontier_;
-  Result result_;
-};
-
-// --- the command ----------------------------------------------------------------------------------------------------
-
-[[noreturn]] void usage(const std::string& what) {
-  std::fprintf(stderr, "gpu_model: %s\n", what.c_str());
-  std::exit(2);
-}
-
-template <size_t N>
-int index_of(const char* const (&names)[N], const std::string& name, const char* what) {
-  for (size_t i = 0; i < N; i++) {
-    if (name == names[i]) return static_cast<int>(i);
-  }
-  usage(std::string("unknown ") + what + " '" + name + "'");
-}
-
-std::vector<Kind> parse_kinds(const std::string& list) {
-  std::vector<Kind> kinds;
-  for (size_t begin = 0; begin <= list.size();) {
-    const size_t comma = std::min(list.find(',', begin), list.size());
-    kinds.push_back(static_cast<Kind>(index_of(kKinds, list.substr(begin, comma - begin), "kind of call")));
-    begin = comma + 1;
-  }
-  return kinds;
-}
-
-std::string to_string(const std::vector<Kind>& calls) {
-  std::string text;
-  for (const Kind kind : calls) text += (text.empty() ? "" : ", ") + std::string(kKinds[static_cast<int>(kind)]);
-  return text;
-}
-
-struct Options {
-  Config config;
-  std::vector<Kind> any;
-  int length = 3;
-};
-
-Options parse(int argc, char** argv) {
-  Options options;
-  const auto print_and_end = [](const auto& names) {
-    for (const auto& name : names) std::puts(name);
-    std::exit(0);
-  };
-  for (int i = 1; i < argc; i++) {
-    const std::string key = argv[i];
-    if (key == "--mutants") print_and_end(kMutants);
-    if (key == "--kinds") print_and_end(kKinds);
-    if (key == "--faults") {
-      for (const Fault& fault : kFaults) std::puts(fault.name);
-      std::exit(0);
-    }
-    if (key == "--in-order") {
-      options.config.in_order = true;
-      continue;
-    }
-    if (i + 1 == argc) usage(key + " needs a value, or is unknown");
-    const std::string value = argv[++i];
-    if (key == "--ranks") {
-      options.config.ranks = std::atoi(value.c_str());
-    } else if (key == "--length") {
-      options.length = std::atoi(value.c_str());
-    } else if (key == "--calls") {
-      options.config.calls = parse_kinds(value);
-    } else if (key == "--any") {
-      options.any = parse_kinds(value);
-    } else if (key == "--mutant") {
-      options.config.mutant = static_cast<Mutant>(index_of(kMutants, value, "mutant"));
-    } else if (key == "--fault") {
-      const Fault* found = nullptr;
-      for (const Fault& fault : kFaults) found = value == fault.name ? &fault : found;
-      if (found == nullptr) usage("unknown fault '" + value + "' (--faults lists them)");
-      options.config.fault = *found;
-    } else {
-      usage("unknown option " + key);
-    }
-  }
-  if (options.config.ranks < 2 || options.config.ranks > kMaxRanks) usage("--ranks: expected 2 to 4");
-  const int longest = std::max(options.any.empty() ? 1 : options.length, static_cast<int>(options.config.calls.size()));
-  if (options.length < 1 || longest > kMaxCalls) usage("expected 1 to 4 calls");
-  if (options.any.empty() == options.config.calls.empty()) usage("expected --calls or --any");
-  return options;
-}
-
-// All sequences of `length` kinds, or the one that was given.
-std::vector<std::vector<Kind>> sequences(const Options& options) {
-  if (options.any.empty()) return {options.config.calls};
-  std::vector<std::vector<Kind>> all{{}};
-  for (int i = 0; i < options.length; i++) {
-    std::vector<std::vector<Kind>> longer;
-    for (const auto& begin : all) {
-      for (const Kind kind : options.any) {
-        longer.push_back(begin);
-        longer.back().push_back(kind);
-      }
-    }
-    all.swap(longer);
-  }
-  return all;
-}
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Options options = parse(argc, argv);
-  Result sum;
-  size_t searches = 0;
-  for (const auto& calls : sequences(options)) {
-    for (int odd = 0; odd < (options.config.fault.disagree ? options.config.ranks : 1); odd++) {
-      Config config = options.config;
-      config.calls = calls;
-      config.odd_rank = config.fault.disagree ? odd : -1;
-      const Result result = Search(config).run();
-      searches++;
-      sum.states += result.states;
-      sum.steps += result.steps;
-      sum.ends += result.ends;
-      sum.depth = std::max(sum.depth, result.depth);
-      if (result.violation.empty()) continue;
-      std::printf("counterexample: %d ranks, calls %s, fault %s, mutant '%s', %zu states\n", config.ranks,
-                  to_string(calls).c_str(), config.fault.name, kMutants[static_cast<int>(config.mutant)],
-                  result.states);
-      for (const std::string& line : result.trace) std::puts(line.c_str());
-      std::printf("violated: %s\n", result.violation.c_str());
-      return 1;
-    }
-  }
-  std::printf("holds: %d ranks, %zu searches, fault %s: %zu states, %zu steps, %zu ends, longest %zu steps\n",
-              options.config.ranks, searches, options.config.fault.name, sum.states, sum.steps, sum.ends, sum.depth);
-  return 0;
+  const explore::Command<Config, State, Move, Machine> command{.program = "gpu_model",
+                                                               .kinds = kKinds,
+                                                               .mutants = kMutants,
+                                                               .faults = kFaults,
+                                                               .max_ranks = kMaxRanks,
+                                                               .max_calls = kMaxCalls,
+                                                               .switches = {{"--in-order", &Config::in_order}}};
+  return command.run(argc, argv);
 }

@@ -5,8 +5,7 @@
 //   protocol_model --mutants | --faults | --kinds                              the names
 //
 // A rank is a list of instructions, one shared word each (make_program), followed by what it does when a wait fails
-// (Step). A state is all program counters and all words. The search is breadth first, so the first violation that it
-// meets has a shortest trace, which it prints. Exit status: 0 all properties hold, 1 a counterexample, 2 bad arguments.
+// (Step). A state is all program counters and all words. The search and the command are explore.h's.
 //
 // Memory. Atomic words change at once. A plain store becomes visible to other threads at any time between its issue and
 // the next release of its thread, in any order: until then a foreign reader gets the old value or the new one, and the
@@ -28,24 +27,19 @@
 //   a record names only the peer that was awaited: verdicts ask whether sentences are equal and not empty, no more;
 //   a process that is gone reads nothing: its pad and its place are set to zero, stores to them are dropped.
 // The last premises hold by compare-and-swap, which a mutant removes; test_model.py compares both searches.
-//
-// A state is remembered by 64 bits of hash: the chance that one of 10^7 states is taken for another is below 10^-5.
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <iterator>
 #include <string>
-#include <type_traits>
-#include <utility>
 #include <vector>
+
+#include "explore.h"
 
 namespace {
 
-constexpr int kMaxRanks = 4;
+constexpr int kMaxRanks = 4, kMaxCalls = 3;
 
 // --- what is modelled -----------------------------------------------------------------------------------------------
 
@@ -168,12 +162,7 @@ constexpr const char* kMutants[] = {
 };
 static_assert(std::size(kMutants) == static_cast<size_t>(Mutant::destroyed_without_record) + 1);
 
-struct Config {
-  int ranks = 2;
-  std::vector<Kind> calls;
-  Fault fault = kFaults[0];
-  int odd_rank = -1;  // with disagree: who makes another second call
-  Mutant mutant = Mutant::none;
+struct Config : explore::Config<Kind, Fault, Mutant> {
   bool full = false;
   int victim = -1;  // the only rank that may die; -1: any
 };
@@ -273,8 +262,8 @@ struct Instruction {
 
 struct Program {
   std::vector<Instruction> code;
-  std::array<int, 5> begin{};  // of each call, counted from 1; then the end
-  std::array<int, 5> end{};
+  std::array<int, kMaxCalls + 2> begin{};  // of each call, counted from 1; then the end
+  std::array<int, kMaxCalls + 2> end{};
   struct Use {
     int pc;
     uint8_t value;
@@ -441,22 +430,6 @@ struct State {
   std::array<uint8_t, Layout::kWords> now;
   std::array<uint8_t, Layout::kPlain> pending;  // 0, or (thread + 1) << 4 | value before
 };
-static_assert(std::has_unique_object_representations_v<State>, "states are hashed as bytes");
-
-uint64_t hash_of(const State& state) {
-  constexpr size_t kBlocks = (sizeof(State) + 15) / 16 * 2;
-  std::array<uint64_t, kBlocks> blocks{};
-  std::memcpy(blocks.data(), &state, sizeof state);
-  const auto fold = [](uint64_t a, uint64_t b) {
-    const auto product = static_cast<unsigned __int128>(a) * b;
-    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-  };
-  uint64_t hash = 0x9E3779B97F4A7C15u;
-  for (size_t i = 0; i < kBlocks; i += 2) {
-    hash = fold(hash ^ blocks[i], 0xD6E8FEB86659FD93u ^ blocks[i + 1]) + 0xA0761D6478BD642Fu;
-  }
-  return hash == 0 ? 1 : hash;
-}
 
 enum class Action : uint8_t { step, give_up_at_deadline, lose_patience, watch, leave, destroy, die };
 
@@ -468,7 +441,7 @@ struct Move {
 
 // --- the machine ----------------------------------------------------------------------------------------------------
 
-class Machine {
+class Machine : public explore::Narrator {
  public:
   explicit Machine(const Config& config) : config_(config), at_(config.ranks) {
     for (int r = 0; r < config.ranks; r++) programs_.push_back(make_program(config, at_, r));
@@ -481,12 +454,30 @@ class Machine {
     return state;
   }
 
-  // False when the move is not possible now. Afterwards choices() says how many bits of `choice` were used.
+  template <class Visit>
+  void each_move(const State& state, const Visit& visit) {
+    for (int rank = 0; rank < config_.ranks; rank++) {
+      for (const Action action : {Action::step, Action::give_up_at_deadline, Action::lose_patience, Action::watch,
+                                  Action::leave, Action::destroy, Action::die}) {
+        if (impossible(state, rank, action)) continue;
+        const bool fault =
+            action == Action::die || action == Action::destroy || (action == Action::leave && !over(state, rank));
+        for (int choice = 0, bits = 0; choice < 1 << bits; choice++) {
+          const Move move{static_cast<uint8_t>(rank), action, static_cast<uint16_t>(choice)};
+          State next = state;
+          if (!apply(next, move)) break;
+          bits = choices_;
+          visit(next, move, !fault);
+        }
+      }
+    }
+  }
+
+  // False when the move is not possible now. Afterwards choices_ says how many bits of `choice` were used.
   bool apply(State& state, Move move, std::vector<std::string>* log = nullptr) {
-    log_ = log;
+    begin_move(log);
     choice_ = move.choice;
     choices_ = 0;
-    violation_.clear();
     const int r = move.rank;
     switch (move.action) {
       case Action::step:
@@ -505,29 +496,6 @@ class Machine {
         return die(state, r);
     }
   }
-  // A quick answer to most of the moves that apply() would refuse.
-  bool impossible(const State& state, int rank, Action action) const {
-    const Process& p = state.process[rank];
-    switch (action) {
-      case Action::step:
-        return p.step >= kDead;
-      case Action::give_up_at_deadline:
-        return !config_.fault.deadline || p.step != kRun;
-      case Action::lose_patience:
-        return p.step != kAwaitComplete || state.record != kBeingWritten;
-      case Action::watch:
-        return state.gone == 0;
-      case Action::leave:
-        return !config_.fault.leave_last || p.step != kRun;
-      case Action::destroy:
-        return !config_.fault.destroy || p.step != kRun;
-      default:
-        return state.deaths == config_.fault.deaths || p.step >= kDead ||
-               (config_.victim >= 0 && rank != config_.victim);
-    }
-  }
-  int choices() const { return choices_; }
-  const std::string& violation() const { return violation_; }
 
   // Empty when a state in which nobody can go on is a legal end: everybody has ended, died or left.
   std::string stuck(const State& state) const {
@@ -560,16 +528,30 @@ class Machine {
   }
 
  private:
+  // A quick answer to most of the moves that apply() would refuse.
+  bool impossible(const State& state, int rank, Action action) const {
+    const Process& p = state.process[rank];
+    switch (action) {
+      case Action::step:
+        return p.step >= kDead;
+      case Action::give_up_at_deadline:
+        return !config_.fault.deadline || p.step != kRun;
+      case Action::lose_patience:
+        return p.step != kAwaitComplete || state.record != kBeingWritten;
+      case Action::watch:
+        return state.gone == 0;
+      case Action::leave:
+        return !config_.fault.leave_last || p.step != kRun;
+      case Action::destroy:
+        return !config_.fault.destroy || p.step != kRun;
+      default:
+        return state.deaths == config_.fault.deaths || p.step >= kDead ||
+               (config_.victim >= 0 && rank != config_.victim);
+    }
+  }
+
   const Instruction& instruction(const Process& p, int r) const { return programs_[r].code[p.pc]; }
   bool mutant(Mutant m) const { return config_.mutant == m; }
-  void say(int r, int call, const std::string& what) {
-    if (log_ != nullptr)
-      log_->push_back("rank " + std::to_string(r) + (call > 0 ? ", call " + std::to_string(call) : "") + ": " + what);
-  }
-  bool talks() const { return log_ != nullptr; }
-  void violate(const std::string& what) {
-    if (violation_.empty()) violation_ = what;
-  }
 
   std::string value_name(int word, int value) const {
     if (value == kReused) return "what its caller wrote there after the call had raised";
@@ -612,8 +594,8 @@ class Machine {
       if (q == r || p.step != kRun) continue;
       for (const Program::Use& use : programs_[q].uses[word]) {
         if (use.pc >= p.pc && use.value == old) {
-          violate("rank " + std::to_string(r) + " overwrites " + at_.name(word) + " while rank " + std::to_string(q) +
-                  " still has to read " + value_name(word, old) + " there");
+          violate(r, "overwrites " + at_.name(word) + " while rank " + std::to_string(q) + " still has to read " +
+                         value_name(word, old) + " there");
         }
       }
     }
@@ -629,8 +611,8 @@ class Machine {
     const int value = state.now[word];
     const int of_call = value < kSpoiled ? value / 2 : call;
     if (p.pc > programs_[owner].end[of_call]) {
-      violate("rank " + std::to_string(r) + " writes " + at_.name(word) + ", " + value_name(word, value) +
-              ", after that call of rank " + std::to_string(owner) + " has returned");
+      violate(r, "writes " + at_.name(word) + ", " + value_name(word, value) + ", after that call of rank " +
+                     std::to_string(owner) + " has returned");
     }
   }
 
@@ -678,7 +660,7 @@ class Machine {
       if (begun && !joins) return true;
       if (!execute(state, r, in)) return begun;
       before = in.op;
-      if (p.step != kRun || !violation_.empty()) return true;
+      if (p.step != kRun || !violation().empty()) return true;
     }
     return begun;
   }
@@ -735,12 +717,11 @@ class Machine {
       case Op::end:
         if (talks()) say(r, in.call, "returns");
         if (p.spoiled != 0) {
-          violate("rank " + std::to_string(r) + " returns wrong data from call " + std::to_string(in.call) +
-                  ": it was computed from memory that a peer's caller had reused after that peer's call raised");
+          violate(r, "returns wrong data from call " + std::to_string(in.call) +
+                         ": it was computed from memory that a peer's caller had reused after that peer's call raised");
         }
         if (p.late != 0) {
-          violate("rank " + std::to_string(r) + " returns from call " + std::to_string(in.call) +
-                  ", which began after the group was broken");
+          violate(r, "returns from call " + std::to_string(in.call) + ", which began after the group was broken");
         }
         p.spoiled = p.late = p.odd = 0;
     }
@@ -766,8 +747,7 @@ class Machine {
     // After an error a tensor holds what its caller likes, which is wrong for everybody else: nothing changes that.
     if (owner >= 0 && state.process[owner].raised != 0) {
       if (config_.fault.raised_too && owner != r) {
-        violate("rank " + std::to_string(r) + " writes " + at_.name(in.word) + " after the call of rank " +
-                std::to_string(owner) + " has raised");
+        violate(r, "writes " + at_.name(in.word) + " after the call of rank " + std::to_string(owner) + " has raised");
       }
       if (talks()) say(r, in.call, "stores " + at_.name(in.word) + ", which its caller uses for something else");
       return;
@@ -803,8 +783,8 @@ class Machine {
     if (value >= kSpoiled) {
       p.spoiled = 1;
     } else if (value != in.value) {
-      violate("rank " + std::to_string(r) + " reads " + value_name(in.word, value) + " in " + at_.name(in.word) +
-              ", expected " + value_name(in.word, in.value));
+      violate(r, "reads " + value_name(in.word, value) + " in " + at_.name(in.word) + ", expected " +
+                     value_name(in.word, in.value));
     }
     if (in.word < Layout::kSlots && (value & kOddDescriptor) != 0) p.odd |= 1 << in.peer;
     if (r == config_.odd_rank) p.odd |= 1 << r;
@@ -954,11 +934,10 @@ class Machine {
     const auto text = [&](const std::array<uint8_t, 3>& s) { return sentence(s[0], s[1], s[2]); };
     if (talks()) say(r, call, "raises: " + text(read));
     if (state.said != 0 && state.sentence != read) {
-      violate("rank " + std::to_string(r) + " raises '" + text(read) + "', another sentence than '" +
-              text(state.sentence) + "'");
+      violate(r, "raises '" + text(read) + "', another sentence than '" + text(state.sentence) + "'");
     }
     const bool cause = state.faults != 0 || config_.fault.disagree;
-    if (!cause) violate("rank " + std::to_string(r) + " raises, and nothing is wrong");
+    if (!cause) violate(r, "raises, and nothing is wrong");
     state.said = 1;
     state.sentence = read;
     p.spoiled = p.late = p.odd = p.kind = p.culprits = 0;
@@ -1080,267 +1059,20 @@ class Machine {
   Config config_;
   Layout at_;
   std::vector<Program> programs_;
-  std::vector<std::string>* log_ = nullptr;
   int choice_ = 0;
   int choices_ = 0;
-  std::string violation_;
 };
-
-// --- the search -----------------------------------------------------------------------------------------------------
-
-class Seen {  // a set of hashes
- public:
-  bool insert(uint64_t hash) {
-    if (2 * (size_ + 1) > slots_.size()) grow();
-    if (!place(hash)) return false;
-    size_++;
-    return true;
-  }
-  size_t size() const { return size_; }
-
- private:
-  bool place(uint64_t hash) {
-    size_t i = hash & (slots_.size() - 1);
-    while (slots_[i] != 0) {
-      if (slots_[i] == hash) return false;
-      i = (i + 1) & (slots_.size() - 1);
-    }
-    slots_[i] = hash;
-    return true;
-  }
-  void grow() {
-    std::vector<uint64_t> old(slots_.empty() ? 1024 : 2 * slots_.size());
-    old.swap(slots_);
-    for (const uint64_t hash : old) {
-      if (hash != 0) place(hash);
-    }
-  }
-  std::vector<uint64_t> slots_;
-  size_t size_ = 0;
-};
-
-struct Result {
-  size_t states = 0, steps = 0, ends = 0, depth = 0;
-  std::string violation;
-  std::vector<std::string> trace;
-};
-
-class Search {
- public:
-  explicit Search(const Config& config) : config_(config), machine_(config) {}
-
-  Result run() {
-    add(machine_.initial(), kNone, {});
-    for (uint32_t index = 0; !frontier_.empty() && result_.violation.empty(); index++) {
-      const State state = frontier_.front();
-      frontier_.pop_front();
-      expand(state, index);
-    }
-    result_.states = seen_.size();
-    for (size_t node = nodes_.size() - 1; node != 0; node = nodes_[node].parent) result_.depth++;
-    return std::move(result_);
-  }
-
- private:
-  static constexpr uint32_t kNone = ~uint32_t{0};
-  struct Node {
-    uint32_t parent;
-    Move move;
-  };
-
-  void add(const State& state, uint32_t parent, Move move) {
-    if (!seen_.insert(hash_of(state))) return;
-    nodes_.push_back({parent, move});
-    frontier_.push_back(state);
-  }
-
-  void expand(const State& state, uint32_t index) {
-    bool progress = false;
-    const auto attempt = [&](int rank, Action action) {
-      if (machine_.impossible(state, rank, action)) return;
-      for (int choice = 0, bits = 0; choice < 1 << bits; choice++) {
-        const Move move{static_cast<uint8_t>(rank), action, static_cast<uint16_t>(choice)};
-        State next = state;
-        if (!machine_.apply(next, move)) return;
-        bits = machine_.choices();
-        result_.steps++;
-        // Faults are no progress: a rank that can only be rescued by another's death is stuck.
-        const bool fault = action == Action::die || action == Action::destroy ||
-                           (action == Action::leave && !machine_.over(state, rank));
-        progress = progress || !fault;
-        if (!machine_.violation().empty()) return fail(machine_.violation(), index, &move);
-        add(next, index, move);
-      }
-    };
-    for (int rank = 0; rank < config_.ranks && result_.violation.empty(); rank++) {
-      for (const Action action : {Action::step, Action::give_up_at_deadline, Action::lose_patience, Action::watch,
-                                  Action::leave, Action::destroy, Action::die}) {
-        if (result_.violation.empty()) attempt(rank, action);
-      }
-    }
-    if (progress || !result_.violation.empty()) return;
-    result_.ends++;
-    const std::string stuck = machine_.stuck(state);
-    if (!stuck.empty()) fail(stuck, index, nullptr);
-  }
-
-  void fail(const std::string& violation, uint32_t index, const Move* last) {
-    result_.violation = violation;
-    std::vector<Move> moves;
-    if (last != nullptr) moves.push_back(*last);
-    for (uint32_t node = index; nodes_[node].parent != kNone; node = nodes_[node].parent)
-      moves.push_back(nodes_[node].move);
-    State state = machine_.initial();
-    for (size_t i = moves.size(); i-- > 0;) {
-      std::vector<std::string> lines;
-      machine_.apply(state, moves[i], &lines);
-      for (size_t l = 0; l < lines.size(); l++) {
-        char number[16];
-        std::snprintf(number, sizeof number, l == 0 ? "%4zu  " : "      ", moves.size() - i);
-        result_.trace.push_back(number + lines[l]);
-      }
-    }
-    for (int r = 0; r < config_.ranks; r++) result_.trace.push_back("      then: " + machine_.where(state, r));
-  }
-
-  Config config_;
-  Machine machine_;
-  Seen seen_;
-  std::vector<Node> nodes_;
-  std::deque<State> frontier_;
-  Result result_;
-};
-
-// --- the command ----------------------------------------------------------------------------------------------------
-
-[[noreturn]] void usage(const std::string& what) {
-  std::fprintf(stderr, "protocol_model: %s\n", what.c_str());
-  std::exit(2);
-}
-
-template <size_t N>
-int index_of(const char* const (&names)[N], const std::string& name, const char* what) {
-  std::string known;
-  for (size_t i = 0; i < N; i++) {
-    if (name == names[i]) return static_cast<int>(i);
-    known += (known.empty() ? "" : ", ") + std::string(names[i]);
-  }
-  usage(std::string("unknown ") + what + " '" + name + "', expected one of: " + known);
-}
-
-std::vector<Kind> parse_kinds(const std::string& list) {
-  std::vector<Kind> kinds;
-  for (size_t begin = 0; begin <= list.size();) {
-    const size_t comma = std::min(list.find(',', begin), list.size());
-    kinds.push_back(static_cast<Kind>(index_of(kKinds, list.substr(begin, comma - begin), "kind of call")));
-    begin = comma + 1;
-  }
-  return kinds;
-}
-
-std::string to_string(const std::vector<Kind>& calls) {
-  std::string text;
-  for (const Kind kind : calls) text += (text.empty() ? "" : ", ") + std::string(kKinds[static_cast<int>(kind)]);
-  return text;
-}
-
-struct Options {
-  Config config;
-  std::vector<Kind> any;
-  int length = 3;
-};
-
-Options parse(int argc, char** argv) {
-  Options options;
-  const auto print_and_end = [](const auto& names) {
-    for (const auto& name : names) std::puts(name);
-    std::exit(0);
-  };
-  for (int i = 1; i < argc; i++) {
-    const std::string key = argv[i];
-    if (key == "--mutants") print_and_end(kMutants);
-    if (key == "--kinds") print_and_end(kKinds);
-    if (key == "--faults") {
-      for (const Fault& fault : kFaults) std::puts(fault.name);
-      std::exit(0);
-    }
-    if (key == "--full") {
-      options.config.full = true;
-      continue;
-    }
-    if (i + 1 == argc) usage(key + " needs a value, or is unknown");
-    const std::string value = argv[++i];
-    if (key == "--ranks") {
-      options.config.ranks = std::atoi(value.c_str());
-    } else if (key == "--victim") {
-      options.config.victim = std::atoi(value.c_str());
-    } else if (key == "--length") {
-      options.length = std::atoi(value.c_str());
-    } else if (key == "--calls") {
-      options.config.calls = parse_kinds(value);
-    } else if (key == "--any") {
-      options.any = parse_kinds(value);
-    } else if (key == "--mutant") {
-      options.config.mutant = static_cast<Mutant>(index_of(kMutants, value, "mutant"));
-    } else if (key == "--fault") {
-      const Fault* found = nullptr;
-      for (const Fault& fault : kFaults) found = value == fault.name ? &fault : found;
-      if (found == nullptr) usage("unknown fault '" + value + "' (--faults lists them)");
-      options.config.fault = *found;
-    } else {
-      usage("unknown option " + key);
-    }
-  }
-  if (options.config.ranks < 2 || options.config.ranks > kMaxRanks) usage("--ranks: expected 2 to 4");
-  if (options.length < 1 || options.length > 3 || options.config.calls.size() > 3) usage("expected 1 to 3 calls");
-  if (options.any.empty() == options.config.calls.empty()) usage("expected --calls or --any");
-  return options;
-}
-
-// All sequences of `length` kinds, or the one that was given.
-std::vector<std::vector<Kind>> sequences(const Options& options) {
-  if (options.any.empty()) return {options.config.calls};
-  std::vector<std::vector<Kind>> all{{}};
-  for (int i = 0; i < options.length; i++) {
-    std::vector<std::vector<Kind>> longer;
-    for (const auto& begin : all) {
-      for (const Kind kind : options.any) {
-        longer.push_back(begin);
-        longer.back().push_back(kind);
-      }
-    }
-    all.swap(longer);
-  }
-  return all;
-}
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Options options = parse(argc, argv);
-  Result sum;
-  size_t searches = 0;
-  for (const auto& calls : sequences(options)) {
-    for (int odd = 0; odd < (options.config.fault.disagree ? options.config.ranks : 1); odd++) {
-      Config config = options.config;
-      config.calls = calls;
-      config.odd_rank = config.fault.disagree ? odd : -1;
-      const Result result = Search(config).run();
-      searches++;
-      sum.states += result.states;
-      sum.steps += result.steps;
-      sum.ends += result.ends;
-      sum.depth = std::max(sum.depth, result.depth);
-      if (result.violation.empty()) continue;
-      std::printf("counterexample: %d ranks, calls %s, fault %s, mutant '%s', %zu states\n", config.ranks,
-                  to_string(calls).c_str(), config.fault.name, kMutants[static_cast<int>(config.mutant)],
-                  result.states);
-      for (const std::string& line : result.trace) std::puts(line.c_str());
-      std::printf("violated: %s\n", result.violation.c_str());
-      return 1;
-    }
-  }
-  std::printf("holds: %d ranks, %zu searches, fault %s: %zu states, %zu steps, %zu ends, longest %zu steps\n",
-              options.config.ranks, searches, options.config.fault.name, sum.states, sum.steps, sum.ends, sum.depth);
-  return 0;
+  const explore::Command<Config, State, Move, Machine> command{.program = "protocol_model",
+                                                               .kinds = kKinds,
+                                                               .mutants = kMutants,
+                                                               .faults = kFaults,
+                                                               .max_ranks = kMaxRanks,
+                                                               .max_calls = kMaxCalls,
+                                                               .switches = {{"--full", &Config::full}},
+                                                               .numbers = {{"--victim", &Config::victim}}};
+  return command.run(argc, argv);
 }

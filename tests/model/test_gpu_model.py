@@ -5,11 +5,10 @@ What is modelled, the properties and the limits: README.md. `pytest -s` shows th
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
-from test_model import holds, run
+from explore import caught, holds, mutants
 
 SMALL = "one_shot,two_shot,direct,copy,zero"
 ALL = SMALL + ",fused,fused_two_shot"
@@ -144,18 +143,8 @@ def test_the_search_catches(
     gpu_checker: Path, counts: list[str], mutant: str, ranks: int, calls: str, fault: str, violated: str
 ) -> None:
     order = ["--in-order"] if ranks > 2 else []
-    status, output = run(gpu_checker, "--ranks", ranks, "--calls", calls, "--fault", fault, "--mutant", mutant, *order)
-    print(output)
-    assert status == 1, f"nothing is wrong with a protocol in which {mutant}"
-    lines = output.splitlines()
-    assert re.search(violated, lines[-1]), output
-    steps = [int(line[:4]) for line in lines if re.match(r" *\d+  rank \d", line)]
-    assert steps == list(range(1, len(steps) + 1)), "the trace names every step"
-    states = int(re.findall(r"(\d+) states", lines[0])[0])
-    counts.append(f"caught after {states:7,} states, trace of {len(steps):2} steps: {mutant} (GPU)")
+    counts.append(caught(gpu_checker, mutant, ranks, calls, fault, violated, *order) + " (GPU)")
 
 
 def test_every_mutant_is_tried(gpu_checker: Path) -> None:
-    _, names = run(gpu_checker, "--mutants")
-    tried = {mutant for mutant, *_ in MUTANTS}
-    assert {name for name in names.splitlines() if name != "none" and "(holds)" not in name} == tried
+    assert mutants(gpu_checker) == {mutant for mutant, *_ in MUTANTS}

@@ -6,31 +6,12 @@ What is modelled, the properties and the limits: README.md. `pytest -s` shows th
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
+from explore import caught, holds, mutants, run
 
 ALL = "one_shot,two_shot,in_place,mixed,broadcast,broadcast_in_place,zero"
-LINE = re.compile(r"holds: .* ([\d]+) searches, fault \w+: (\d+) states, (\d+) steps, (\d+) ends, longest (\d+) steps")
-
-
-def run(checker: Path, *args: str | int) -> tuple[int, str]:
-    """Exit status and output: 0 and one line, or 1 and a counterexample."""
-    done = subprocess.run([checker, *map(str, args)], capture_output=True, text=True, timeout=280)
-    assert done.returncode in (0, 1), done.stderr
-    return done.returncode, done.stdout
-
-
-def holds(checker: Path, counts: list[str], ranks: int, fault: str, *calls: str) -> None:
-    status, output = run(checker, "--ranks", ranks, "--fault", fault, *calls)
-    assert status == 0, "\n" + output
-    match = LINE.match(output)
-    assert match is not None, output
-    searches, states, steps, ends, longest = map(int, match.groups())
-    assert ends >= searches, "each search ends somewhere"
-    what = f"{ranks} ranks, {fault:11} {searches:5} sequences of calls"
-    counts.append(f"{what} {states:10,} states {steps:11,} steps, longest {longest}")
 
 
 @pytest.mark.parametrize(
@@ -161,21 +142,13 @@ def test_the_search_catches(
     checker: Path, counts: list[str], mutant: str, ranks: int, calls: str, fault: str, violated: str, search: str
 ) -> None:
     options = ["--full"] if search == "full" else []
-    status, output = run(checker, "--ranks", ranks, "--calls", calls, "--fault", fault, "--mutant", mutant, *options)
-    print(output)
-    assert status == 1, f"nothing is wrong with a protocol in which {mutant}"
-    lines = output.splitlines()
-    assert re.search(violated, lines[-1]), output
-    steps = [int(line[:4]) for line in lines if re.match(r" *\d+  rank \d", line)]
-    assert steps == list(range(1, len(steps) + 1)), "the trace names every step"
-    states = int(re.findall(r"(\d+) states", lines[0])[0])
+    line = caught(checker, mutant, ranks, calls, fault, violated, *options)
     if search == "reduced":
-        counts.append(f"caught after {states:7,} states, trace of {len(steps):2} steps: {mutant}")
+        counts.append(line)
 
 
 def test_every_mutant_is_tried(checker: Path) -> None:
-    _, names = run(checker, "--mutants")
-    assert set(names.splitlines()) - {"none"} == {mutant for mutant, *_ in MUTANTS}
+    assert mutants(checker) == {mutant for mutant, *_ in MUTANTS}
 
 
 def test_a_counterexample_is_as_short_as_can_be(checker: Path) -> None:
