@@ -52,7 +52,7 @@ GridCuda grid_for(size_t chunks, int max_ctas) {
 }
 
 CollectivesCuda::CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> arena, SignalCpu& signal, int device,
-                                 int rank, int world_size, const LayoutCuda& layout, int max_ctas)
+                                 int rank, int world_size, const LayoutCuda& layout, const RoomCuda& room)
     : group_(std::move(group)),
       arena_(std::move(arena)),
       signal_(signal),
@@ -60,7 +60,8 @@ CollectivesCuda::CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> a
       rank_(rank),
       world_size_(world_size),
       layout_(layout),
-      max_ctas_(std::min(max_ctas, kMaxCtas)) {
+      max_ctas_(std::min(room.max_ctas, kMaxCtas)),
+      clusters_of_four_(room.clusters_of_four) {
   const DeviceScope scope(device_);
   for (int r = 0; r < world_size_; r++) call_.window[r] = arena_->window(r);
   call_.rank = rank_;

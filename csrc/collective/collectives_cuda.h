@@ -12,12 +12,18 @@
 
 namespace sglang_symm {
 
+// What a grid that waits may fill, so that all of it is resident. The same on all ranks.
+struct RoomCuda {
+  int max_ctas;              // the SMs that kernels of this rank may fill
+  int clusters_of_four = 0;  // of the prefill kernel; 0: it shall have none
+};
+
 class CollectivesCuda : public Collectives {
  public:
   // Collective, once all peers are attached: clears the fixed part, then proves every window by writing into it and
-  // reading from it. max_ctas: the SMs that kernels of this rank may fill.
+  // reading from it.
   CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> arena, SignalCpu& signal, int device, int rank,
-                  int world_size, const LayoutCuda& layout, int max_ctas);
+                  int world_size, const LayoutCuda& layout, const RoomCuda& room);
   // Waits for the device, then marks the group as broken for graphs that may be replayed.
   ~CollectivesCuda() override;
 
@@ -38,6 +44,7 @@ class CollectivesCuda : public Collectives {
   const LayoutCuda& layout() const { return layout_; }
   int device() const { return device_; }
   int max_ctas() const { return max_ctas_; }
+  int clusters_of_four() const { return clusters_of_four_; }
   size_t arena_bytes() const { return arena_->bytes(); }
   std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset) override {
     return signal_.exchange(descriptor, offset);
@@ -61,6 +68,7 @@ class CollectivesCuda : public Collectives {
   int world_size_;
   LayoutCuda layout_;
   int max_ctas_;
+  int clusters_of_four_;
   CallCuda call_{};  // without what differs from call to call
   // Given up by a constructor that raises, too: else no group could be made at these addresses again.
   RegisteredHost own_pad_;

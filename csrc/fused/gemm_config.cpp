@@ -36,24 +36,39 @@ constexpr Row kDecode[] = {
 struct PrefillRow {
   int min_world, max_world;
   int max_m;
-  int tile_n, stages;
+  int cluster, tile_n, stages;
   bool one_shot;
-  // Tiles over pairs of SMs. Fewer: nothing to hide under (two-shot), or the library, which cuts k, is faster. More:
+  // Tiles over clusters. Fewer: nothing to hide under (two-shot), or the library, which cuts k, is faster. More:
   // one-shot hides nothing.
   double least_waves, most_waves;
   double least_full;  // tokens over those that the tiles hold
 };
 constexpr double kLeastBusy = 0.84;  // of the waves' SMs: else the last wave costs what the fusion gains
+// Clusters of four are not measured: the same limits, first, and only where they are asked for.
 constexpr PrefillRow kPrefill[] = {
-    {2, 2, 256, 128, 6, true, 0.84, 1.0, 0.75},
-    {3, 4, 256, 128, 6, false, 1.85, kAny, 0.75},
-    {2, 2, kAny, 256, 3, false, 1.85, kAny, 0.9},
+    {2, 2, 256, 4, 256, 6, true, 0.84, 1.0, 0.75},    //
+    {3, 4, 256, 4, 256, 6, false, 1.85, kAny, 0.75},  //
+    {2, 2, kAny, 4, 512, 3, false, 1.85, kAny, 0.9},  //
+    {2, 2, 256, 2, 128, 6, true, 0.84, 1.0, 0.75},    //
+    {3, 4, 256, 2, 128, 6, false, 1.85, kAny, 0.75},  //
+    {2, 2, kAny, 2, 256, 3, false, 1.85, kAny, 0.9},  //
 };
 
 constexpr int64_t kLongest = int64_t{1} << 30;  // coordinates are 32-bit
 
 int over(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
+}
+
+// Without tiles.
+PrefillConfig config_of(const PrefillRow& row, int clusters) {
+  PrefillConfig c{};
+  c.cluster = row.cluster;
+  c.tile_n = row.tile_n;
+  c.stages = row.stages;
+  c.one_shot = row.one_shot;
+  c.ctas = row.cluster * clusters;
+  return c;
 }
 
 }  // namespace
@@ -75,20 +90,24 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
   if (s.world_size < 2 || s.m <= kMaxDecodeTokens || s.n < 8 || s.n % 8 != 0 || s.sms < 2) return std::nullopt;
   if (s.m > kLongest || s.n > kLongest) return std::nullopt;
   for (const PrefillRow& row : kPrefill) {
-    PrefillConfig c{};
-    c.tile_n = row.tile_n;
-    c.stages = row.stages;
-    c.one_shot = row.one_shot;
-    c.ctas = s.sms / 2 * 2;
-    const int pairs = c.ctas / 2;
-    c = with_tokens(c, s.m, s.n, s.world_size);
-    const double waves = static_cast<double>(c.tiles_m) * c.tiles_n / pairs;
+    const int clusters = row.cluster == 2 ? s.sms / 2 : std::min(s.sms / 4, s.clusters_of_four);
+    if (clusters < 1) continue;
+    const PrefillConfig c = with_tokens(config_of(row, clusters), s.m, s.n, s.world_size);
+    const double waves = static_cast<double>(c.tiles_m) * c.tiles_n / clusters;
     if (s.world_size < row.min_world || s.world_size > row.max_world || s.m > row.max_m) continue;
     if (static_cast<double>(s.m) < row.least_full * c.tiles_m * kPrefillTokens) continue;
     if (waves < row.least_waves || waves > row.most_waves || waves < kLeastBusy * std::ceil(waves)) continue;
     return c;
   }
   return std::nullopt;
+}
+
+std::vector<PrefillConfig> prefill_of_four() {
+  std::vector<PrefillConfig> configs;
+  for (const PrefillRow& row : kPrefill) {
+    if (row.cluster == 4) configs.push_back(config_of(row, 1));
+  }
+  return configs;
 }
 
 size_t slot_bytes(const GemmConfig& c, int world_size) {
@@ -105,7 +124,7 @@ size_t shared_bytes(const GemmConfig& c) {
 
 size_t slot_bytes(const PrefillConfig& c, int world_size) {
   const size_t world = static_cast<size_t>(world_size);
-  if (!c.one_shot) return world * static_cast<size_t>(c.share) * 2 * sizeof(uint32_t);
+  if (!c.one_shot) return world * static_cast<size_t>(c.share * c.cluster) * sizeof(uint32_t);
   return world * static_cast<size_t>(c.tiles_m * c.tiles_n) * static_cast<size_t>(kPrefillTokens * c.tile_n) * 2;
 }
 
@@ -113,7 +132,7 @@ PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size)
   c.tiles_m = over(m, kPrefillTokens);
   c.tiles_n = over(n, c.tile_n);
   c.share = over(int64_t{c.tiles_m} * c.tiles_n, world_size);
-  c.ctas = std::min(c.ctas, 2 * c.tiles_m * c.tiles_n);
+  c.ctas = std::min(c.ctas, c.cluster * c.tiles_m * c.tiles_n);
   return c;
 }
 
@@ -135,13 +154,14 @@ int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int wo
 
 size_t shared_bytes(const PrefillConfig& c) {
   constexpr int kTokens = kPrefillTokens / 2, kRow = 2 * kBoxColumns, kAlignment = 1024;
-  const int stages = c.stages * (kTokens + c.tile_n) * kRow, staging = c.one_shot ? 0 : kTokens * c.tile_n * 2;
+  const int rows = rows_of_cta(c);
+  const int stages = c.stages * (kTokens + rows) * kRow, staging = c.one_shot ? 0 : kTokens * rows * 2;
   return static_cast<size_t>(stages + staging + kAlignment);
 }
 
 std::string to_string(const PrefillConfig& c) {
-  return cat(kPrefillTokens, "x", c.tile_n, " tiles, ", c.tiles_m, " x ", c.tiles_n, " in ", c.ctas, " CTAs, ",
-             c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot");
+  return cat(kPrefillTokens, "x", c.tile_n, " tiles, ", c.tiles_m, " x ", c.tiles_n, " in ", c.ctas, " CTAs",
+             c.cluster == 4 ? " by four, " : ", ", c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot");
 }
 
 std::string to_string(const GemmConfig& c) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace sglang_symm {
 
@@ -17,6 +18,8 @@ struct GemmShape {
   int64_t n;  // rows of the weight
   int world_size;
   int sms;  // that the rank may fill
+  // Of the prefill kernel, that are resident together on every rank; 0: it shall have none.
+  int clusters_of_four = 0;
 };
 
 struct GemmConfig {
@@ -35,8 +38,10 @@ struct GemmConfig {
 constexpr int kBoxColumns = 64;  // 128 bytes, the width of a swizzled row
 constexpr int kMaxDecodeTokens = 64;
 
-// Many tokens. A tile is 256 tokens x tile_n rows of the weight, by two CTAs on neighbouring SMs.
+// Many tokens. A tile is 256 tokens x tile_n rows of the weight, by a cluster of CTAs on neighbouring SMs: two, with
+// 128 tokens each, or 2 x 2, with half of the rows each.
 struct PrefillConfig {
+  int cluster;           // CTAs
   int tile_n;            // rows of the weight a tile
   int stages;            // of 64 columns in shared memory
   int tiles_m, tiles_n;  // tiles along the tokens, along the weight
@@ -47,14 +52,19 @@ struct PrefillConfig {
 };
 
 constexpr int kPrefillTokens = 256;  // a tile
+constexpr int rows_of_cta(const PrefillConfig& c) {
+  return 2 * c.tile_n / c.cluster;
+}
 
 // Nothing when the decode kernel does not take this shape. tile_n, tile_m and tiles say where a partial lies in a slot,
 // so they depend on nothing but m, n and world_size, which all ranks know to be equal; the rest is a rank's own.
 std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 
-// Nothing when the library's GEMM and an all-reduce are faster, or the shape is not the kernel's. Everything but stages
-// and ctas follows from m, n and world_size.
+// Nothing when the library's GEMM and an all-reduce are faster, or the shape is not the kernel's. Ranks must give the
+// same: it says where a partial lies, and which CTAs wait for each other.
 std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
+// What choose_prefill may give in clusters of four, but for the tiles: a cluster of each.
+std::vector<PrefillConfig> prefill_of_four();
 
 // The same tiles for another number of tokens.
 PrefillConfig with_tokens(PrefillConfig config, int64_t m, int64_t n, int world_size);
@@ -73,7 +83,7 @@ size_t shared_bytes(const GemmConfig& config);
 size_t shared_bytes(const PrefillConfig& config);
 // "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"
 std::string to_string(const GemmConfig& config);
-// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"
+// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"; "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages, ..."
 std::string to_string(const PrefillConfig& config);
 
 }  // namespace sglang_symm

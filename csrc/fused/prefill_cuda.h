@@ -17,7 +17,7 @@ struct PrefillCuda {
   int m, n;
   int k_steps;  // stages of 64 columns
   int stages;
-  int tiles_m, tiles_n;  // of a pair of CTAs: 256 tokens x tile_n rows of the weight
+  int tiles_m, tiles_n;  // of a cluster: 256 tokens x tile_n rows of the weight
   int share;             // tiles that a rank owns, the last ranks fewer
   // No kernel that is in flight writes the weight: it is fetched while the previous kernel ends.
   bool static_weight;
@@ -29,5 +29,9 @@ struct PrefillCuda {
 // Puts the kernel into the stream. x [m, k], weight [n, k]; `args` without what `config` gives.
 void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                     cudaStream_t stream);
+
+// How many clusters of four of any prefill kernel the current device, of compute capability 9.0, holds at a time, when
+// nothing else runs on it. A green context is not taken into account.
+int resident_clusters_of_four();
 
 }  // namespace sglang_symm

@@ -143,7 +143,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
                                                 int warp, int lane, bool fine, const float (&d)[T::kTileN / 2]) {
   const PrefillEpilogue<T> end{a, s, warp, lane};
   const auto slot = [&](int rank, int source, int c) {
-    const size_t tile = (static_cast<size_t>(source) * (a.tiles_m * a.tiles_n) + at.index) * 2 + cta;
+    const size_t tile = (static_cast<size_t>(source) * (a.tiles_m * a.tiles_n) + at.index) * T::kCluster + cta;
     return s.call.window[rank] + a.slots + s.parity() * a.slot_bytes + tile * T::kBytes + end.within(c);
   };
   const auto comes = [&](int c) { return end.token(at, c) < a.m; };

@@ -24,12 +24,13 @@ template <class T>
 __device__ __forceinline__ std::byte* partial_of(const PrefillCuda& a, const Session& s, const PrefillPlace& at,
                                                  int cta, int source) {
   const int from = source < at.owner ? source : source - 1;
-  const size_t tile = (static_cast<size_t>(from) * a.share + (at.index - at.owner * a.share)) * 2 + cta;
+  const size_t tile = (static_cast<size_t>(from) * a.share + (at.index - at.owner * a.share)) * T::kCluster + cta;
   return s.call.window[at.owner] + a.partials + tile * T::kBytes;
 }
+template <class T>
 __device__ __forceinline__ uint32_t* flag_of(const PrefillCuda& a, const Session& s, const PrefillPlace& at, int cta,
                                              int source) {
-  const size_t flag = (static_cast<size_t>(source) * a.share + (at.index - at.owner * a.share)) * 2 + cta;
+  const size_t flag = (static_cast<size_t>(source) * a.share + (at.index - at.owner * a.share)) * T::kCluster + cta;
   return reinterpret_cast<uint32_t*>(s.call.window[at.owner] + a.slots + s.parity() * a.slot_bytes) + flag;
 }
 
@@ -127,7 +128,7 @@ struct PrefillMover {
       if (fine && !own && lane == 0) {
         copies_arrived();
         __threadfence_system();
-        store_sys(flag_of(a, s, at, schedule.cta, s.call.rank), 1u);
+        store_sys(flag_of<T>(a, s, at, schedule.cta, s.call.rank), 1u);
       }
       __syncwarp();
     }
@@ -171,7 +172,7 @@ struct PrefillMover {
 
   __device__ __forceinline__ bool await_partials(const PrefillPlace& at) const {
     const bool waits = lane < s.call.world_size && lane != s.call.rank;
-    uint32_t* flag = flag_of(a, s, at, schedule.cta, waits ? lane : s.call.rank);
+    uint32_t* flag = flag_of<T>(a, s, at, schedule.cta, waits ? lane : s.call.rank);
     uint32_t missing = 0;
     const auto ready = [&] {
       missing = __ballot_sync(kAllLanes, waits && load_sys(flag) == kSentinel);
@@ -188,6 +189,7 @@ struct PrefillMover {
   __device__ __forceinline__ void send_rows(const PrefillPlace& at, int piece) const {
     constexpr int kRows = T::kTileM / kPieces;
     const int bytes = 2 * min(T::kTileN, a.n - at.column);
+    if (T::kClusterN > 1 && bytes <= 0) return;
     for (int i = lane; i < kRows * (s.call.world_size - 1); i += kWarp) {
       const int peer = s.peer(1 + i / kRows), row = piece * kRows + i % kRows;
       if (at.token + row >= a.m) continue;

@@ -9,10 +9,12 @@
 // it is summed, and both halves of the traffic hide under the MMAs; what is left is the way of the last tiles' sums.
 //
 // A cluster of two CTAs takes 256 tokens x kTileN rows of the weight, each CTA 128 of the tokens; each fetches half of
-// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover
-// (and two warps that only keep the warpgroup whole).
+// the weight for both. A cluster of four takes twice as many rows, 2 x 2 CTAs: each fetches half of its weight for its
+// neighbour along the tokens too, and half of its tokens for its neighbour along the weight. A CTA: 8 math warps (2
+// warpgroups, 64 tokens each), a producer, a mover (and two warps that only keep the warpgroup whole).
 //
-//   stage s    full[s]: its bytes have landed, of both CTAs' copies     empty[s]: 16 math warps of both have read it
+//   stage s    full[s]: its bytes have landed, of all CTAs' copies      empty[s]: the math warps of all CTAs that this
+//              one fetches for have read it: 16 in clusters of two, 24 in clusters of four
 //   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out
 //   arrived    a barrier, a phase a tile of the own: its partials are here (between two ranks: in staging)
 //   partials   in the owner's arena, with a flag a tile in its slots: 1 when all of it has been written, then the
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     prefetch_map(&token_map);
     for (int stage = 0; stage < a.stages; stage++) {
       barrier_init(&full[stage], 1);
-      barrier_init(&empty[stage], 2 * T::kMathWarps);
+      barrier_init(&empty[stage], T::kSharers * T::kMathWarps);
     }
     barrier_init(&handover.arrived, 1);
     barrier_init_visible();
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace place = schedule.place(visit);
       float d[T::kTileN / 2];
-      multiply_tile<T>(a, ring, warp / 4, lane, &at, d);
+      multiply_tile<T>(a, ring, schedule.corner(), warp / 4, lane, &at, d);
       if constexpr (T::kOneShot) {
         fine = reduce_one_shot<T>(a, s, place, schedule.cta, warp, lane, fine, d);
       } else {

@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <cstdlib>
+#include <string_view>
 
 #include "base/driver_cuda.h"
 #include "collective/collectives_nccl.h"
+#include "fused/prefill_cuda.h"
 #include "group/backend.h"
 #include "group/group.h"
 #include "memory/arena_cuda.h"
@@ -46,6 +48,21 @@ int usable_sms(int device) {
   return static_cast<int>(sms);
 }
 
+// For measurements: 2, or 4 for clusters of four CTAs in the prefill kernel, where the GPU holds all of a grid. On a
+// part of a GPU nobody says how many there is room for.
+int clusters_of_four(int device) {
+  const char* text = std::getenv("SGLANG_SYMM_PREFILL_CLUSTER");
+  const std::string_view wish = text == nullptr ? "" : text;
+  if (wish.empty() || wish == "2") return 0;
+  if (wish != "4") fail(ErrorKind::argument, "SGLANG_SYMM_PREFILL_CLUSTER='", wish, "', expected 2 or 4");
+  const char* sms = std::getenv("SGLANG_SYMM_SMS");
+  const bool is_hopper = attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+                         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
+  if ((sms != nullptr && *sms != 0) || !is_hopper) return 0;
+  const DeviceScope scope(device);
+  return resident_clusters_of_four();
+}
+
 class BackendCuda final : public Backend {
  public:
   explicit BackendCuda(GroupConfig* config)
@@ -70,7 +87,7 @@ class BackendCuda final : public Backend {
     }
     const size_t bytes = SegmentCuda::rounded(device_, std::max(config->arena_bytes, kMinArena));
     layout_ = LayoutCuda::of(bytes, world_size_);
-    max_ctas_ = usable_sms(device_);
+    room_ = {usable_sms(device_), clusters_of_four(device_)};
     arena_ = std::make_shared<ArenaCuda>(SegmentCuda::create(device_, bytes),
                                          ArenaLayout{layout_.heap, bytes, kAlignment}, rank_, device_);
     base_ = arena_;
@@ -79,7 +96,8 @@ class BackendCuda final : public Backend {
   const std::shared_ptr<Arena>& arena() const override { return base_; }
   size_t slot_bytes() const override { return layout_.slot_bytes; }
   std::string settings() const override {
-    return cat("arena_bytes=", arena_->bytes(), " slot_bytes=", layout_.slot_bytes, " max_ctas=", max_ctas_);
+    return cat("arena_bytes=", arena_->bytes(), " slot_bytes=", layout_.slot_bytes, " max_ctas=", room_.max_ctas,
+               " clusters_of_four=", room_.clusters_of_four);
   }
   void attach(int peer, Fd fd) override {
     arena_->attach(peer, SegmentCuda::import(device_, std::move(fd), arena_->bytes(), peer));
@@ -88,9 +106,9 @@ class BackendCuda final : public Backend {
     if (nccl_) {
       const CollectivesNccl::Options options{nccl_id, nccl_window_};
       const CommunicatorNccl::Members members{name_, rank_, world_size_, device_};
-      return std::make_unique<CollectivesNccl>(options, members, arena_, signal, layout_, max_ctas_);
+      return std::make_unique<CollectivesNccl>(options, members, arena_, signal, layout_, room_);
     }
-    return std::make_unique<CollectivesCuda>(name_, arena_, signal, device_, rank_, world_size_, layout_, max_ctas_);
+    return std::make_unique<CollectivesCuda>(name_, arena_, signal, device_, rank_, world_size_, layout_, room_);
   }
 
  private:
@@ -102,7 +120,7 @@ class BackendCuda final : public Backend {
   bool nccl_;
   bool nccl_window_;
   int device_ = 0;
-  int max_ctas_ = 1;
+  RoomCuda room_{1};
   LayoutCuda layout_{};
   std::shared_ptr<ArenaCuda> arena_;
   std::shared_ptr<Arena> base_;

@@ -80,8 +80,7 @@ Group::Group(const GroupConfig& config) : config_(config) {
   if (!config.tuned) config_.agreed.tuning = Tuning::built_in(config.device != "cpu", config.world_size);
   backend_ = make_backend(&config_);
   arena_ = backend_->arena();
-  const std::string settings = cat(backend_->settings(), " ", to_string(config_.agreed));
-  rendezvous_ = std::make_unique<Rendezvous>(Identity{config.name, config.rank, config.world_size, settings});
+  rendezvous_ = std::make_unique<Rendezvous>(Identity{config.name, config.rank, config.world_size, agreed_text()});
   signal_ = std::make_unique<SignalCpu>(config.name, config.rank, config.world_size, config.deadlines);
 }
 
@@ -182,6 +181,10 @@ std::string Group::describe_full(size_t bytes) const {
              ". A larger one: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");
 }
 
+std::string Group::agreed_text() const {
+  return cat(backend_ ? cat(backend_->settings(), " ") : "", to_string(config_.agreed));
+}
+
 std::string Group::info_json() const {
   std::string by_algorithm;
   for (int i = 0; i < kAlgorithms; i++) {
@@ -205,8 +208,7 @@ std::string Group::info_json() const {
              !config_.agreed.nccl  ? "\"0\""
              : config_.nccl_window ? "\"window\""
                                    : "\"1\"",
-             ", \"slot_bytes\": ", backend_ ? backend_->slot_bytes() : 0,
-             ", \"agreed\": ", json_string(to_string(config_.agreed)),
+             ", \"slot_bytes\": ", backend_ ? backend_->slot_bytes() : 0, ", \"agreed\": ", json_string(agreed_text()),
              ", \"tuning\": ", json_string(to_string(config_.agreed.tuning)), "}}");
 }
 

@@ -92,6 +92,7 @@ class Group {
   void* allocate_output(size_t bytes, bool required, Stream stream = nullptr);
   // The sentence of a full arena.
   std::string describe_full(size_t bytes) const;
+  std::string agreed_text() const;  // what all members must agree on
   std::string info_json() const;
 
  private:

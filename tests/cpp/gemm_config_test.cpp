@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 namespace sglang_symm {
 namespace {
 
@@ -100,11 +102,29 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{2048, 576, 2, 132}, ""},
       {{256, 8190, 2, 132}, ""},
       {{256, 8192, 1, 132}, ""},
+      // Where clusters of four are asked for, and as many as there are tiles or waves full of them are resident.
+      {{64, 8192, 2, 132, 32}, ""},
+      {{191, 8192, 2, 132, 32}, ""},
+      {{192, 8192, 2, 132, 32}, "256x256 tiles, 1 x 32 in 128 CTAs by four, 6 stages, one-shot"},
+      {{256, 8192, 2, 132, 32}, "256x256 tiles, 1 x 32 in 128 CTAs by four, 6 stages, one-shot"},
+      {{256, 8192, 2, 132, 31}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
+      {{256, 7680, 2, 132, 31}, "256x256 tiles, 1 x 30 in 120 CTAs by four, 6 stages, one-shot"},
+      {{300, 8192, 2, 132, 32}, ""},
+      {{512, 8192, 2, 132, 32}, ""},
+      {{1024, 8192, 2, 132, 32}, "256x512 tiles, 4 x 16 in 128 CTAs by four, 3 stages, two-shot"},
+      {{2048, 8192, 2, 132, 32}, "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages, two-shot"},
+      {{2048, 8192, 2, 132, 33}, "256x512 tiles, 8 x 16 in 132 CTAs by four, 3 stages, two-shot"},
+      {{2048, 8192, 2, 132, 31}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"},
+      {{2048, 8192, 2, 64, 32}, "256x512 tiles, 8 x 16 in 64 CTAs by four, 3 stages, two-shot"},
+      {{256, 16384, 4, 132, 32}, "256x256 tiles, 1 x 64 in 128 CTAs by four, 6 stages, two-shot"},
+      {{256, 8192, 4, 132, 32}, ""},
+      {{256, 8192, 8, 132, 32}, ""},
   };
   for (const Row& row : rows) {
     const auto config = choose_prefill(row.shape);
     EXPECT_EQ(config ? to_string(*config) : "", row.expected)
-        << "m " << row.shape.m << " n " << row.shape.n << " world " << row.shape.world_size;
+        << "m " << row.shape.m << " n " << row.shape.n << " world " << row.shape.world_size << " clusters of four "
+        << row.shape.clusters_of_four;
   }
 }
 
@@ -112,18 +132,39 @@ TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
   for (const int world : {2, 3, 4, 8, 16}) {
     for (const int64_t m : {65, 256, 300, 1000, 2048, 8192}) {
       for (const int64_t n : {8192, 8200, 14336}) {
-        const auto c = choose_prefill({m, n, world, 132});
-        if (!c) continue;
-        EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
-        EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
-        EXPECT_GE(c->share * world, c->tiles_m * c->tiles_n);
-        EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
-        EXPECT_EQ(c->ctas % 2, 0);
-        EXPECT_TRUE(!c->one_shot || world == 2) << "its kernel has the sum of two ranks alone";
-        const size_t result = static_cast<size_t>(m * n) * 2;
-        EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
+        for (const int fours : {0, 1, 31, 32, 33, 40}) {
+          const auto c = choose_prefill({m, n, world, 132, fours});
+          if (!c) continue;
+          EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
+          EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
+          EXPECT_GE(c->share * world, c->tiles_m * c->tiles_n);
+          EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
+          EXPECT_TRUE(c->cluster == 2 || c->cluster == 4);
+          EXPECT_EQ(c->ctas % c->cluster, 0);
+          EXPECT_LE(c->ctas, c->cluster == 2 ? 132 : std::min(4 * fours, 132)) << "all of it must be resident";
+          EXPECT_TRUE(!c->one_shot || world == 2) << "its kernel has the sum of two ranks alone";
+          const size_t result = static_cast<size_t>(m * n) * 2;
+          EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
+        }
       }
     }
+  }
+}
+
+TEST(PrefillConfig, WhatClustersOfFourAreAskedOfIsWhatTheyTake) {
+  const std::vector<PrefillConfig> asked = prefill_of_four();
+  size_t most = 0;
+  for (const PrefillConfig& c : asked) {
+    EXPECT_EQ(c.cluster, 4);
+    EXPECT_EQ(c.ctas, 4);
+    most = std::max(most, shared_bytes(c));
+  }
+  for (const GemmShape& shape :
+       {GemmShape{256, 8192, 2, 132, 32}, {2048, 8192, 2, 132, 32}, {256, 16384, 4, 132, 32}}) {
+    const auto c = choose_prefill(shape);
+    ASSERT_TRUE(c);
+    EXPECT_EQ(c->cluster, 4);
+    EXPECT_LE(shared_bytes(*c), most);
   }
 }
 

@@ -272,12 +272,20 @@ GemmConfig decode_config(int world, int m, int n, int sms, int stages = 2) {
   return *config;
 }
 
-PrefillConfig prefill_config(int world, int m, int n, int ctas, bool one_shot, int stages = 2) {
+constexpr int kClusters[] = {2, 4};
+
+int tile_rows(int cluster, int world, bool one_shot) {
+  return (world == 2 && !one_shot ? 256 : 128) * cluster / 2;
+}
+
+PrefillConfig prefill_config(int cluster, int world, int m, int n, int clusters, bool one_shot, int stages = 2) {
   PrefillConfig config{};
-  config.tile_n = world == 2 && !one_shot ? 256 : 128;
+  config.cluster = cluster;
+  config.tile_n = tile_rows(cluster, world, one_shot);
   config.stages = stages;
   config.one_shot = one_shot;
-  config.ctas = one_shot ? 1 << 20 : ctas;  // one-shot: a tile a pair, else ranks wait for each other in a circle
+  // One-shot: a tile a cluster, else ranks wait for each other in a circle.
+  config.ctas = one_shot ? 1 << 20 : cluster * clusters;
   return with_tokens(config, m, n, world);
 }
 
@@ -321,35 +329,15 @@ TEST(FusedCuda, DecodeGivesTheBitsOfTheSumOfRoundedProducts) {
 
 TEST(FusedCuda, PrefillOneShotGivesTheBitsOfTheSumOfRoundedProducts) {
   for (uint64_t seed = 0; seed < seeds(4); seed++) {
-    std::mt19937_64 random(seed);
-    const DType dtype = kTypes[seed % 2];
-    Gpus gpus(2, seed);
-    const int m = any({65, 130, 200, 256}, random), n = 8 * (1 + static_cast<int>(random() % 32));
-    std::deque<Linear> calls;
-    for (int i = 0; i < 3; i++) {
-      const PrefillConfig config = prefill_config(2, m, n, any({2, 4}, random), true, any({2, 3}, random));
-      calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
-    }
-    gpus.run();
-    for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
-    expect_at_rest(gpus);
-  }
-}
-
-TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
-  for (uint64_t seed = 0; seed < seeds(3); seed++) {
-    for (const int world : {2, 3, 4}) {
-      std::mt19937_64 random(seed * 10 + static_cast<uint64_t>(world));
-      const DType dtype = kTypes[random() % 2];
-      Gpus gpus(world, random(), 1e6, 2, 8 << 20);
-      const int tile = world == 2 ? 256 : 128;
-      const int m = any({70, 200, 256, 300}, random), tiles = (m + 255) / 256;
-      const int n = std::max(tile * any({1, 2, 3}, random) / tiles, 128) - 8 * static_cast<int>(random() % 10);
-      const int ctas = any({2, 4}, random);
+    for (const int cluster : kClusters) {
+      std::mt19937_64 random(seed);
+      const DType dtype = kTypes[seed % 2];
+      Gpus gpus(2, seed, 1e6, 2, cluster == 2 ? 4 << 20 : 8 << 20);
+      const int m = any({65, 130, 200, 256}, random), n = 8 * (1 + static_cast<int>(random() % (16 * cluster)));
       std::deque<Linear> calls;
-      for (int i = 0; i < 2; i++) {
-        const PrefillConfig config = prefill_config(world, m, n, ctas, false, any({2, 3}, random));
-        calls.emplace_back(gpus, config, dtype, m, n, any_options(world, random), random).enqueue(gpus);
+      for (int i = 0; i < 3; i++) {
+        const PrefillConfig config = prefill_config(cluster, 2, m, n, 1, true, any({2, 3}, random));
+        calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
       }
       gpus.run();
       for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
@@ -358,22 +346,57 @@ TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
   }
 }
 
+TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
+  for (uint64_t seed = 0; seed < seeds(3); seed++) {
+    for (const int world : {2, 3, 4}) {
+      for (const int cluster : kClusters) {
+        std::mt19937_64 random(seed * 10 + static_cast<uint64_t>(world));
+        const DType dtype = kTypes[random() % 2];
+        Gpus gpus(world, random(), 1e6, 2, cluster == 2 ? 8 << 20 : 16 << 20);
+        const int m = any({70, 200, 256, 300}, random), tiles = (m + 255) / 256;
+        // Of clusters of four, half of the last tile may lie beyond n.
+        const int most = tile_rows(2, world, false) * any({1, 2, 3, 4}, random) / tiles;
+        const int n = std::max(most, 128) - 8 * static_cast<int>(random() % 16);
+        const int clusters = any({1, 2}, random);
+        std::deque<Linear> calls;
+        for (int i = 0; i < 2; i++) {
+          const PrefillConfig config = prefill_config(cluster, world, m, n, clusters, false, any({2, 3}, random));
+          calls.emplace_back(gpus, config, dtype, m, n, any_options(world, random), random).enqueue(gpus);
+        }
+        gpus.run();
+        for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+        expect_at_rest(gpus);
+      }
+    }
+  }
+}
+
 TEST(FusedCuda, TheTablesOwnChoicesRun) {
   std::mt19937_64 random(1);
   for (const int world : {2, 3, 4}) {
     for (const bool one_shot : {true, false}) {
-      if (one_shot && world > 2) continue;
-      const int m = 250, n = one_shot ? 120 : world == 2 ? 504 : 128 * world - 8;
-      const auto config = choose_prefill({m, n, world, 2});
-      ASSERT_TRUE(config.has_value());
-      EXPECT_EQ(config->one_shot, one_shot);
-      Gpus gpus(world, random(), 1e6, 2, 8 << 20);
-      Linear call(gpus, *config, DType::bfloat16, m, n, {.bias = true, .static_weight = true}, random);
-      call.enqueue(gpus);
-      gpus.run();
-      EXPECT_EQ(call.wrong(), "");
-      expect_at_rest(gpus);
+      for (const int cluster : kClusters) {
+        if (one_shot && world > 2) continue;
+        const int m = 250, n = tile_rows(cluster, world, one_shot) * (one_shot ? 1 : world) - 8;
+        const auto config = choose_prefill({m, n, world, cluster, cluster == 4 ? 1 : 0});
+        ASSERT_TRUE(config.has_value());
+        EXPECT_EQ(config->one_shot, one_shot);
+        EXPECT_EQ(config->cluster, cluster);
+        Gpus gpus(world, random(), 1e6, 2, cluster == 2 ? 8 << 20 : 16 << 20);
+        Linear call(gpus, *config, DType::bfloat16, m, n, {.bias = true, .static_weight = true}, random);
+        call.enqueue(gpus);
+        gpus.run();
+        EXPECT_EQ(call.wrong(), "");
+        expect_at_rest(gpus);
+      }
     }
+  }
+}
+
+TEST(FusedCuda, ClustersOfFourAreAsManyAsTheGpuHoldsOfAnyKernel) {
+  for (const int resident : {31, 0}) {
+    emulator::resident_clusters = resident;
+    EXPECT_EQ(resident_clusters_of_four(), resident);
   }
 }
 
@@ -388,7 +411,7 @@ Config any_config(int world, int* m, int* n, std::mt19937_64& random) {
   *m = any({66, 150}, random);
   const bool one_shot = world == 2 && random() % 2 == 0;
   *n = one_shot ? 136 : 128 * world - 8 * static_cast<int>(random() % 3);
-  return prefill_config(world, *m, *n, 2, one_shot);
+  return prefill_config(any({2, 4}, random), world, *m, *n, 1, one_shot);
 }
 
 TEST(FusedCuda, WhatTheCallBeforeWritesIsReadOnlyThen) {
@@ -450,9 +473,12 @@ std::vector<Kind> every_kind() {
   return {{2, 20, 100 / 8 * 8, decode_config(2, 20, 96, 1)},
           {4, 3, 200, decode_config(4, 3, 200, 2)},
           {4, 20, 200, two_shot},
-          {2, 100, 136, prefill_config(2, 100, 136, 4, true)},
-          {2, 100, 504, prefill_config(2, 100, 504, 2, false)},
-          {3, 100, 376, prefill_config(3, 100, 376, 2, false)}};
+          {2, 100, 136, prefill_config(2, 2, 100, 136, 2, true)},
+          {2, 100, 504, prefill_config(2, 2, 100, 504, 1, false)},
+          {3, 100, 376, prefill_config(2, 3, 100, 376, 1, false)},
+          {2, 100, 264, prefill_config(4, 2, 100, 264, 2, true)},
+          {2, 100, 776, prefill_config(4, 2, 100, 776, 1, false)},
+          {3, 100, 376, prefill_config(4, 3, 100, 376, 2, false)}};
 }
 
 TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
