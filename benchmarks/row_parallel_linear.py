@@ -14,6 +14,9 @@ rotate over 4 copies, so that L2 flatters nobody: the median over repeats of the
     fused            row_parallel_linear
     fused_plain      the same without programmatic launch: each kernel starts when the one before has ended
     fused_static     the same with static_weight: the weights are fetched while the op before ends
+    four             fused in a group made under SGLANG_SYMM_PREFILL_CLUSTER=4, where there is a prefill kernel for so
+                     many tokens; with --four, and so is the next
+    four_static      the same with static_weight
     limit            the longest of: bytes of w, x and y over --bandwidth (of a GPU's memory), multiplications over
                      --tflops, the bytes that a rank must send over --link; each as measured, or as the vendor says
 """
@@ -87,7 +90,9 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": round(median, 2), "q1": round(low, 2), "q3": round(high, 2)}
 
 
-def make_ops(m: int, n: int, k: int, group: Group, buffer: torch.Tensor | None, nccl: bool) -> dict[str, Op]:
+def make_ops(
+    m: int, n: int, k: int, group: Group, fours: Group | None, buffer: torch.Tensor | None, nccl: bool
+) -> dict[str, Op]:
     """Every way to do it, by label."""
     name, world = group.unique_name, dist.group.WORLD.group_name
     xs = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(COPIES)]
@@ -131,7 +136,20 @@ def make_ops(m: int, n: int, k: int, group: Group, buffer: torch.Tensor | None, 
     ops["fused_plain"] = plain
     ops["fused"] = lambda i: linear(xs[i], ws[i], None, name)
     ops["fused_static"] = lambda i: linear(xs[i], ws[i], None, name, True, True)
+    if fours is not None and m > 64:
+        other = fours.unique_name
+        ops["four"] = lambda i: linear(xs[i], ws[i], None, other)
+        ops["four_static"] = lambda i: linear(xs[i], ws[i], None, other, True, True)
     return ops
+
+
+def group_of_fours(rank: int) -> Group:
+    os.environ["SGLANG_SYMM_PREFILL_CLUSTER"] = "4"
+    group = Group(device="cuda", arena_bytes=512 << 20)
+    del os.environ["SGLANG_SYMM_PREFILL_CLUSTER"]
+    if rank == 0:  # too few clusters, and the columns are of clusters of two
+        print(f"with clusters of four: {group.info()['settings']['agreed']}", flush=True)
+    return group
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
@@ -143,6 +161,9 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
         "plain/gemm": row["fused_plain"]["median"] / row["gemm"]["median"],
         "static/all_reduce_": static / row["all_reduce_"]["median"],
     }
+    if "four_static" in row:
+        found["four/fused"] = row["four"]["median"] / plain
+        found["four_static/static"] = row["four_static"]["median"] / static
     peers = [row[p]["median"] for p in PEERS if p in row]
     if peers:
         found["static/peers"] = static / min(peers)
@@ -176,9 +197,12 @@ def plot(results: list[dict[str, Any]], path: str, title: str) -> None:
             "fused_plain",
             "fused",
             "fused_static",
+            "four_static",
         ):
             some = [row for row in rows if label in row]
-            ours = label.startswith("fused")
+            if not some:
+                continue
+            ours = label.startswith(("fused", "four"))
             panel.plot(
                 [row["m"] for row in some],
                 [row[label]["median"] / row["gemm"]["median"] for row in some],
@@ -227,6 +251,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--shapes", nargs="*", default=["8192x4096", "8192x14336"], help="NxK of a rank")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 2048])
+    parser.add_argument("--four", action="store_true", help="clusters of four beside those of two, see docs/fused.md")
     parser.add_argument("--plot", help="PNG file")
     parser.add_argument("--bandwidth", type=float, default=2930.0, help="GB/s of memory, for `limit`")
     parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
@@ -241,6 +266,7 @@ def main() -> None:
     else:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     group = Group(device="cuda", arena_bytes=512 << 20)
+    fours = group_of_fours(rank) if args.four else None
     bench = Bench(group, args.ops, args.repeats)
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     buffer = symm_mem.empty(max(n for n, _ in shapes) * max(args.tokens), dtype=torch.bfloat16, device="cuda")
@@ -250,7 +276,7 @@ def main() -> None:
         for m in args.tokens:
             row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": limit(m, n, k, size, args)}
             fused_before = group.info()["fused_calls"]
-            for label, op in make_ops(m, n, k, group, buffer, not shared).items():
+            for label, op in make_ops(m, n, k, group, fours, buffer, not shared).items():
                 row[label] = summary(bench.time(op))
             row["is_fused"] = group.info()["fused_calls"] > fused_before
             row["ratios"] = ratios(row)
@@ -267,6 +293,9 @@ def main() -> None:
     if rank == 0 and args.plot:
         plot(results, args.plot, f"{size} ranks, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, bf16")
     dist.barrier()
+    if fours is not None:
+        fours.check()
+        fours.destroy()
     group.destroy()
     dist.destroy_process_group()
 
