@@ -31,7 +31,7 @@ __device__ __forceinline__ void epoch_is_read() {
 
 // The whole of the signal warp's work. Workers must not use the epoch's counter after epoch_is_read().
 __device__ __forceinline__ void keep_protocol(const Session& s) {
-  const bool speaks = blockIdx.x == 0 && s.alive;
+  const bool speaks = blockIdx.x == 0 && __all_sync(kAllLanes, s.alive);  // `broken` may rise while lanes read it
   if (speaks) send_headers(s);
   named_barrier_sync<kEpochBarrier>(blockDim.x);
   PadCuda* pad = s.own();

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kNormWorkers + kWarp, 1) all_reduce_norm(const
   __shared__ float partial[2][kNormWarps];
   const Session s = begin(a.call);
   if (is_signal_warp()) {
-    if (blockIdx.x == 0 && s.alive) {
+    if (blockIdx.x == 0 && __all_sync(kAllLanes, s.alive)) {
       send_headers(s);
       await_headers(s);
     }

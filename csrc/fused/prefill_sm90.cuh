@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (!a.static_weight) producer.fill_weights();
     producer.fill_tokens();
   }
-  const Session s = begin(a.call);
+  const Session s = begin_together(a.call);
 
   bool fine = s.alive;
   if (warp >= T::kMathWarps) {

@@ -25,6 +25,13 @@ struct Position {
   }
 };
 
+// begin() for a whole warp: one answer for all lanes. `broken` may rise while they read it, by another CTA of this
+// call; lanes that differ would wait for each other for ever.
+__device__ __forceinline__ Session begin_together(const CallCuda& call) {
+  const Session s = begin(call);
+  return {s.call, s.epoch, __all_sync(kAllLanes, s.alive) != 0};
+}
+
 // wait() for a whole warp: `ready` is called by all lanes and gives them one answer. Who has not even sent a header is
 // to blame before those who wait for him.
 template <class Ready>

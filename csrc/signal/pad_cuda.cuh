@@ -241,7 +241,9 @@ inline __device__ __noinline__ uint32_t missing_headers(const CallCuda& call, ui
   return mask;
 }
 
-// One whole warp. True when every peer's header has come and all descriptors are equal.
+// One whole warp. True when every peer's header has come and all descriptors are equal. CTA 0, which waits for headers
+// in every kernel, reports what differs: another one could break the group before CTA 0 has begun, hence sends its
+// header.
 __device__ __forceinline__ bool await_headers(const Session& s) {
   const int lane = threadIdx.x & (kWarp - 1);
   const int quad = lane & 3;
@@ -264,7 +266,7 @@ __device__ __forceinline__ bool await_headers(const Session& s) {
   }
   all_came = __all_sync(kAllLanes, all_came) != 0;
   same = __all_sync(kAllLanes, same) != 0;
-  if (all_came && !same && lane == 0) report_disagreement(s.call, s.epoch);
+  if (all_came && !same && lane == 0 && blockIdx.x == 0) report_disagreement(s.call, s.epoch);
   __syncwarp();
   return all_came && same;
 }

@@ -15,7 +15,7 @@ thread_local std::byte anchor_of_thread[16];
 Machine* machine = nullptr;
 
 uint64_t weight_of(const Cta& cta) {
-  return uint64_t{cta.grid.stream->weight} * (cta.ready.empty() ? 1 : kPollsAre);
+  return uint64_t{cta.grid.stream->weight} * cta.weight * (cta.ready.empty() ? 1 : kPollsAre);
 }
 
 bool overlap(const std::byte* a, size_t a_size, const std::byte* b, size_t b_size) {
@@ -200,7 +200,7 @@ std::string Machine::describe() const {
 
 void Machine::run(uint64_t most) {
   const uint64_t end = steps_ + most;
-  uint64_t change = 0;
+  uint64_t change = 0, pace = 1;
   std::vector<Cta*> runnable;
   while (true) {
     start_and_end_grids();
@@ -219,11 +219,17 @@ void Machine::run(uint64_t most) {
       }
     }
     if (!any && actions_.empty()) return;
-    if (steps_ >= change) {  // now and then another rank is slow, or stands still
-      for (Stream* stream : streams_) stream->weight = 1u << draw(7);
+    if (steps_ >= change) {  // now and then another rank or CTA is slow, or stands still, or bulk copies do
+      for (Stream* stream : streams_) {
+        stream->weight = 1u << draw(7);
+        for (const auto& grid : stream->grids) {
+          for (const auto& cta : grid->ctas) cta->weight = 1u << draw(7);
+        }
+      }
+      pace = 1u << draw(7);
       change = steps_ + 1000 + draw(20'000);
     }
-    if (!actions_.empty() && (runnable.empty() || draw(4) == 0)) {
+    if (!actions_.empty() && (runnable.empty() || draw(pace) == 0)) {
       const size_t chosen = draw(actions_.size());
       const auto action = std::move(actions_[chosen]);
       actions_.erase(actions_.begin() + static_cast<std::ptrdiff_t>(chosen));

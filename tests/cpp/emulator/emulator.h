@@ -94,6 +94,7 @@ class Cta {
   std::vector<Fiber*> ready;
   std::vector<Fiber*> polling;  // they have looked, and found nothing: their turn comes more rarely
   unsigned live = 0;
+  unsigned weight = 16;  // how often it runs
   bool lets_next_in = false;
   std::vector<std::byte> shared;  // dynamic shared memory
   std::vector<uint16_t> stored;   // thread + 1 that stored these 16 bytes of it, no fence for copies since
@@ -166,7 +167,7 @@ class Machine {
 
   // Runs until every launched kernel has ended. Throws std::runtime_error when nothing can go on, or after `most`
   // steps.
-  void run(uint64_t most = 50'000'000);
+  void run(uint64_t most = 10'000'000);
 
   void launch(Stream* stream, std::unique_ptr<Grid> grid);
   void forget(Stream* stream) { std::erase(streams_, stream); }

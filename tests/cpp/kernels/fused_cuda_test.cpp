@@ -308,7 +308,7 @@ int any(std::initializer_list<int> of, std::mt19937_64& random) {
 TEST(FusedCuda, DecodeGivesTheBitsOfTheSumOfRoundedProducts) {
   for (uint64_t seed = 0; seed < seeds(1); seed++) {
     for (const int world : {2, 4, 8}) {
-      for (const int m : {1, 2, 5, 7, 8, 9, 16, 17, 40, 64}) {
+      for (const int m : {1, 2, 5, 7, 9, 16, 33, 64}) {
         std::mt19937_64 random(seed * 1000 + static_cast<uint64_t>(10 * m + world));
         const DType dtype = kTypes[(seed + static_cast<uint64_t>(m)) % 2];
         Gpus gpus(world, random());
@@ -466,25 +466,31 @@ TEST(FusedCuda, AReplayIsTheSameLaunchesAgain) {
 struct Kind {
   int world, m, n;
   Config config;
+  uint64_t seed = 0;
 };
-std::vector<Kind> every_kind() {
+std::vector<Kind> every_kind(uint64_t seeds) {
   GemmConfig two_shot = decode_config(4, 20, 200, 1);
   two_shot.two_shot = true;
-  return {{2, 20, 100 / 8 * 8, decode_config(2, 20, 96, 1)},
-          {4, 3, 200, decode_config(4, 3, 200, 2)},
-          {4, 20, 200, two_shot},
-          {2, 100, 136, prefill_config(2, 2, 100, 136, 2, true)},
-          {2, 100, 504, prefill_config(2, 2, 100, 504, 1, false)},
-          {3, 100, 376, prefill_config(2, 3, 100, 376, 1, false)},
-          {2, 100, 264, prefill_config(4, 2, 100, 264, 2, true)},
-          {2, 100, 776, prefill_config(4, 2, 100, 776, 1, false)},
-          {3, 100, 376, prefill_config(4, 3, 100, 376, 2, false)}};
+  const Kind each[] = {{2, 20, 96, decode_config(2, 20, 96, 2)},
+                       {4, 3, 200, decode_config(4, 3, 200, 2)},
+                       {4, 20, 200, two_shot},
+                       {2, 100, 136, prefill_config(2, 2, 100, 136, 2, true)},
+                       {2, 100, 504, prefill_config(2, 2, 100, 504, 1, false)},
+                       {3, 100, 376, prefill_config(2, 3, 100, 376, 2, false)},
+                       {2, 100, 264, prefill_config(4, 2, 100, 264, 2, true)},
+                       {2, 100, 776, prefill_config(4, 2, 100, 776, 1, false)},
+                       {3, 100, 376, prefill_config(4, 3, 100, 376, 2, false)}};
+  std::vector<Kind> all;
+  for (uint64_t seed = 0; seed < seeds; seed++) {
+    for (const Kind& kind : each) all.push_back(kind), all.back().seed = seed;
+  }
+  return all;
 }
 
 TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
-  for (const Kind& kind : every_kind()) {
-    std::mt19937_64 random(5);
-    Gpus gpus(kind.world, 5, 0.02);
+  for (const Kind& kind : every_kind(seeds(1))) {
+    std::mt19937_64 random(kind.seed);
+    Gpus gpus(kind.world, kind.seed, 80);
     Linear fine(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
         late(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
         after(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
@@ -513,9 +519,9 @@ TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
 }
 
 TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
-  for (const Kind& kind : every_kind()) {
-    std::mt19937_64 random(6);
-    Gpus gpus(kind.world, 6, 0.05);
+  for (const Kind& kind : every_kind(seeds(2))) {
+    std::mt19937_64 random(kind.seed);
+    Gpus gpus(kind.world, kind.seed, 600);
     // The same tiles: nothing but the headers tells.
     Linear a(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {.bias = true}, random),
         b(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
@@ -535,9 +541,9 @@ TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
 }
 
 TEST(FusedCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
-  for (const Kind& kind : every_kind()) {
-    std::mt19937_64 random(9);
-    Gpus gpus(kind.world, 9, 10);
+  for (const Kind& kind : every_kind(seeds(1))) {
+    std::mt19937_64 random(kind.seed);
+    Gpus gpus(kind.world, kind.seed, 1000);
     Linear call(gpus, kind.config, DType::float16, kind.m, kind.n, {}, random);
     call.clear();
     gpus[0].signal->own_pad()->left.store(1u << 1);
@@ -550,9 +556,9 @@ TEST(FusedCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
 }
 
 TEST(FusedCuda, AReplayAfterTheGroupsEndTouchesNobody) {
-  for (const Kind& kind : every_kind()) {
-    std::mt19937_64 random(2);
-    Gpus gpus(kind.world, 2);
+  for (const Kind& kind : every_kind(1)) {
+    std::mt19937_64 random(kind.seed);
+    Gpus gpus(kind.world, kind.seed);
     Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
     call.clear();
     gpus.pad(0).broken = 1;  // as the group's end leaves it

@@ -72,7 +72,7 @@ class Gpus {
   Gpu& operator[](int rank) { return *gpus_[static_cast<size_t>(rank)]; }
   PadCuda& pad(int rank) { return *reinterpret_cast<PadCuda*>((*this)[rank].arena->base()); }
   const LayoutCuda& layout() { return gpus_[0]->collectives->layout(); }
-  void run(uint64_t most = 50'000'000) { machine.run(most); }
+  void run(uint64_t most = 10'000'000) { machine.run(most); }
 
   emulator::Machine machine;
 
