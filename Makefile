@@ -92,9 +92,10 @@ sanitize: ## the C++ unit tests under ASan+UBSan, then under TSan
 	$(MAKE) --no-print-directory -C tests/cpp run VARIANT=asan
 	$(MAKE) --no-print-directory -C tests/cpp run VARIANT=tsan
 
-mutants: ## break the protocol line by line; the C++ unit tests must notice each
-	$(MAKE) --no-print-directory -C tests/cpp program
+mutants: ## break the protocol and the CUDA kernels line by line; the C++ tests must notice each
+	$(MAKE) --no-print-directory -C tests/cpp program kernels
 	$(PYTHON) tools/mutants.py
+	$(PYTHON) tools/mutants_kernels.py
 
 lint: $(STAMPS)/extra-lint $(STAMPS)/extra-test $(BUILT) ## clang-format, ruff, mypy, house rules
 	$(if $(CXX_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))

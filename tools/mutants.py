@@ -304,30 +304,54 @@ def mutate(csrc: Path, mutant: Mutant) -> Path:
     return path
 
 
+def build_program(work: Path, mutant: Mutant, *arguments: str) -> None:
+    """make in the copy's tests/cpp."""
+    build = subprocess.run(["make", "-s", "-C", str(work / "tests/cpp"), *arguments], capture_output=True, text=True)
+    if build.returncode != 0:
+        raise SystemExit(f"mutant '{mutant.name}' does not compile:\n{build.stdout}{build.stderr}")
+
+
+def run_tests(program: Path, tests: str, limit: float, seeds: int | None = None) -> tuple[bool, str]:
+    """True when a test failed, and which. `seeds`: how many a randomised test takes, if not as many as usual."""
+    try:
+        run = subprocess.run(
+            [str(program), "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={tests}"],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            env=os.environ | ({"SGLANG_SYMM_TEST_N": str(seeds)} if seeds else {}),
+        )
+    except subprocess.TimeoutExpired:
+        return True, f"still waiting after {limit:.0f} s"
+    if run.returncode == 0:
+        return False, "all tests passed"
+    failed = [line.split("]")[1].strip() for line in run.stdout.splitlines() if line.startswith("[  FAILED  ]")]
+    return True, failed[0] if failed else f"the tests crashed (exit code {run.returncode})"
+
+
 def try_mutant(work: Path, mutant: Mutant, limit: float) -> tuple[bool, str]:
     """Build and run. True when the tests noticed, and how."""
     source = ROOT / "csrc" / mutant.file
     target = mutate(work / "csrc", mutant)
     try:
-        build = subprocess.run(["make", "-s", "-C", str(work / "tests/cpp"), "program"], capture_output=True, text=True)
-        if build.returncode != 0:
-            raise SystemExit(f"mutant '{mutant.name}' does not compile:\n{build.stdout}{build.stderr}")
-        program = work / "build/cpp/plain/unit_tests"
-        try:
-            run = subprocess.run(
-                [str(program), "--gtest_brief=1", f"--gtest_filter={mutant.tests}"],
-                capture_output=True,
-                text=True,
-                timeout=limit,
-            )
-        except subprocess.TimeoutExpired:
-            return True, f"still waiting after {limit:.0f} s"
-        if run.returncode == 0:
-            return False, "all tests passed"
-        failed = [line.split("]")[1].strip() for line in run.stdout.splitlines() if line.startswith("[  FAILED  ]")]
-        return True, failed[0] if failed else f"the tests crashed (exit code {run.returncode})"
+        build_program(work, mutant, "program")
+        return run_tests(work / "build/cpp/plain/unit_tests", mutant.tests, limit)
     finally:
         shutil.copyfile(source, target)  # a new time stamp: make builds the original again
+
+
+def copy_tree(work: Path) -> None:
+    """csrc/ and tests/cpp with the objects of the original, so that a mutant builds only what it touches."""
+    for part in ("csrc", "tests/cpp"):
+        shutil.copytree(ROOT / part, work / part)
+    if (ROOT / "build/cpp/plain").is_dir():
+        shutil.copytree(ROOT / "build/cpp/plain", work / "build/cpp/plain", copy_function=shutil.copy2)
+
+
+def report(number: int, count: int, mutant: Mutant, result: tuple[bool, str], seconds: float) -> None:
+    caught, how = result
+    mark = "caught  " if caught else "SURVIVED"
+    print(f"{number:2}/{count} {mark} {mutant.name}: {how} ({seconds:.0f} s)", flush=True)
 
 
 def main() -> int:
@@ -346,19 +370,13 @@ def main() -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="sglang_symm-mutants-") as folder:
         work = Path(folder)
-        for part in ("csrc", "tests/cpp"):
-            shutil.copytree(ROOT / part, work / part)
-        if (ROOT / "build/cpp/plain").is_dir():  # objects of the original, so that each mutant builds one file
-            shutil.copytree(ROOT / "build/cpp/plain", work / "build/cpp/plain", copy_function=shutil.copy2)
+        copy_tree(work)
         os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
         for number, mutant in enumerate(chosen, 1):
             start = time.monotonic()
-            caught, how = try_mutant(work, mutant, args.limit)
-            mark = "caught  " if caught else "SURVIVED"
-            print(
-                f"{number:2}/{len(chosen)} {mark} {mutant.name}: {how} ({time.monotonic() - start:.0f} s)", flush=True
-            )
-            if not caught:
+            result = try_mutant(work, mutant, args.limit)
+            report(number, len(chosen), mutant, result, time.monotonic() - start)
+            if not result[0]:
                 survivors.append(mutant.name)
     print(f"{len(chosen) - len(survivors)} passed, {len(survivors)} failed")
     return 1 if survivors else 0

@@ -1,0 +1,401 @@
+"""Break the CUDA kernels on purpose, one line at a time, and require that their tests on the emulator notice.
+
+    python tools/mutants_kernels.py [--list] [--only NAME] [--limit SECONDS] [--jobs N]
+
+What tools/mutants.py does to the protocol of CPU groups; tools/mutants_cuda.py has most of these mistakes too, for
+machines with GPUs. Only the sources that a mutant names are compiled again, so a header's mistake is in them alone. The
+tests draw their schedules from seeds: a mistake that needs a rare one shows in every run or in none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from mutants import Mutant, build_program, copy_tree, mutate, report, run_tests  # noqa: E402
+
+ONE_SHOT, TWO_SHOT = "collective/one_shot_cuda.cu", "collective/two_shot_cuda.cu"
+DIRECT, SMALL, NORM = "collective/direct_cuda.cu", "collective/small_cuda.cu", "collective/norm_cuda.cu"
+PAD, LAUNCH = "signal/pad_cuda.cuh", "collective/launch_cuda.cuh"
+DECODE, PREFILL = "fused/decode_sm90.cu", "fused/prefill_sm90.cu"
+# A function that is not inlined is linked from the first object that has it.
+EVERY = ("collective/bracket_cuda.cu", DIRECT, NORM, ONE_SHOT, SMALL, TWO_SHOT, DECODE, PREFILL)
+REDUCER, MOVER = "fused/reducer_sm90.cuh", "fused/prefill_mover_sm90.cuh"
+
+MIXED = "CollectivesCuda.Calls*"
+COPIES = "CollectivesCuda.ReduceScatter*"
+MISSING = "CollectivesCuda.AMissingRank*"
+DISAGREE = "CollectivesCuda.RanksThat*"
+FUSED_IN_A_ROW = "FusedCuda.AReplayIs*:FusedCuda.WhatThe*"
+FUSED_DECODE = FUSED_IN_A_ROW + ":FusedCuda.Decode*"
+FUSED_PREFILL = FUSED_IN_A_ROW + ":FusedCuda.Prefill*"
+
+
+@dataclass(frozen=True)
+class KernelMutant(Mutant):
+    """`file`, `old`, `new` and `tests` as in tools/mutants.py."""
+
+    units: tuple[str, ...] = ()  # sources of csrc/ that are compiled again; the file itself when there is none
+    seeds: int | None = None  # more than the tests take, for what few schedules show
+
+
+MUTANTS = [
+    KernelMutant("one_shot: slots are not re-armed", ONE_SHOT, "re_arm<Max>(s, from, a.part);", "(void)0;", MIXED),
+    KernelMutant(
+        "one_shot: one parity for all slots",
+        ONE_SHOT,
+        "s.parity() * a.slot_bytes",
+        "0 * a.slot_bytes",
+        MIXED,
+    ),
+    KernelMutant(
+        "one_shot: a slot is used again one call early",
+        ONE_SHOT,
+        "s.parity() * a.slot_bytes",
+        "(s.epoch >> 1 & 1) * a.slot_bytes",
+        MIXED,
+    ),
+    KernelMutant("one_shot: no header is sent", LAUNCH, "if (speaks) send_headers(s);", "", DISAGREE, (ONE_SHOT,)),
+    KernelMutant(
+        "one_shot: the peers' headers are not awaited",
+        LAUNCH,
+        "if (speaks) await_headers(s);",
+        "",
+        MIXED + ":" + DISAGREE,
+        (ONE_SHOT,),
+    ),
+    KernelMutant(
+        "one_shot: descriptors are not compared",
+        PAD,
+        "same &= got.x == descriptor_word",
+        "same |= got.x == descriptor_word",
+        DISAGREE,
+        (ONE_SHOT,),
+    ),
+    KernelMutant(
+        "one_shot: a kernel that gives up writes no status",
+        PAD,
+        "if (atomicCAS(&pad->claimed, 0u, 1u) == 0) {",
+        "if (atomicCAS(&pad->claimed, 0u, 1u) > 1u) {",
+        MISSING,
+        EVERY,
+    ),
+    KernelMutant(
+        "one_shot: what did not come is left as it was",
+        ONE_SHOT,
+        "store_chunk<Type, Plain>(a.out, chunk, a.count, is_aligned(a.out), all_bits_set());",
+        "(void)0;",
+        MISSING,
+    ),
+    KernelMutant(
+        "one_shot: a broken group goes on",
+        PAD,
+        "return {call, last + 1, broken == 0};",
+        "return {call, last + 1, broken < 2};",
+        "CollectivesCuda.AReplayAfter*",
+        (ONE_SHOT,),
+    ),
+    KernelMutant(
+        "two_shot: slots of partials are not re-armed", TWO_SHOT, "re_arm<Max>(s, partials, i);", "(void)0;", MIXED
+    ),
+    KernelMutant(
+        "two_shot: slots of results are not re-armed", TWO_SHOT, "store_sys(slot, all_bits_set());", "(void)0;", MIXED
+    ),
+    KernelMutant(
+        "two_shot: one parity for all slots",
+        TWO_SHOT,
+        "const size_t begin = a.slots + s.parity() * a.slot_bytes;",
+        "const size_t begin = a.slots;",
+        MIXED,
+        seeds=60,
+    ),
+    KernelMutant("reduce_scatter: slots are not re-armed", TWO_SHOT, "re_arm<Max>(s, slots, i);", "(void)0;", COPIES),
+    KernelMutant(
+        "direct: no done flag is awaited",
+        DIRECT,
+        "if (fine) fine = finish(s);\n  const std::byte* result",
+        "const std::byte* result",
+        MIXED,
+    ),
+    KernelMutant(
+        "direct: done flags are sent before the share is written",
+        PAD,
+        "__syncthreads();  // the release below covers what the whole CTA wrote and read before this\n",
+        "",
+        MIXED,
+        (DIRECT,),
+    ),
+    KernelMutant(
+        "small copies: an older copy counts",
+        SMALL,
+        "return got.y == s.epoch && got.w == s.epoch;",
+        "return got.y != 0 && got.w != 0;",
+        COPIES,
+    ),
+    KernelMutant(
+        "small copies: a half counts for the whole",
+        SMALL,
+        "return got.y == s.epoch && got.w == s.epoch;",
+        "return got.y == s.epoch;",
+        COPIES,
+        seeds=60,
+    ),
+    KernelMutant(
+        "norm: slots are not re-armed",
+        NORM,
+        "re_arm<Max>(s, slots, slot + chunk);",
+        "(void)0;",
+        "CollectivesCuda.AllReduceNorm*",
+    ),
+    KernelMutant(
+        "norm: the mean is of one warp's squares",
+        NORM,
+        "warp < workers / kWarp; warp++",
+        "warp < 1; warp++",
+        "CollectivesCuda.AllReduceNorm*",
+    ),
+    KernelMutant(
+        "decode: slots are not re-armed",
+        REDUCER,
+        "store_slot(slot(tile, r, c, place), all_bits_set());",
+        "(void)place;",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode: the last tile is not re-armed",
+        REDUCER,
+        "store_slot(slot(tile, r, c, place), all_bits_set());",
+        "if (tile != a.tiles - 1) store_slot(slot(tile, r, c, place), all_bits_set());",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode: one parity for all slots",
+        "fused/tile_sm90.cuh",
+        "s.parity() * a.slot_bytes",
+        "0 * a.slot_bytes",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode: headers are not awaited",
+        "fused/decode_sm90.cuh",
+        "if (signals) await_headers(s);",
+        "(void)signals;",
+        "FusedCuda.RanksThat*",
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode, two-shot: slots of results are not re-armed",
+        REDUCER,
+        "store_slot(result(tile, c), all_bits_set());",
+        "(void)0;",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode, two-shot: results of the last tile are not collected",
+        "fused/decode_sm90.cuh",
+        "if (reducers.two_shot() && tiles > 0) reducers.collect(tile_of(tiles - 1));",
+        "(void)0;",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode: a weight that the kernel before writes is fetched early",
+        "fused/decode_sm90.cuh",
+        "if (a.static_weight) producer.fill_weights();\n  }",
+        "producer.fill_weights();\n  }",
+        "FusedCuda.WhatThe*",
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode: a stage is released before it has been read",
+        "fused/decode_sm90.cuh",
+        "    wgmma_wait_all();\n    if (lane == 0) barrier_arrive(&ring.empty[at->stage]);\n",
+        "    if (lane == 0) barrier_arrive(&ring.empty[at->stage]);\n    wgmma_wait_all();\n",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode: half of what a warp waits for counts for all",
+        "collective/vector_cuda.cuh",
+        "return v.x != kSentinel && v.y != kSentinel && v.z != kSentinel && v.w != kSentinel;",
+        "return v.x != kSentinel && v.y != kSentinel;",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "prefill: a stage is released while its products may run",
+        "fused/prefill_tile_sm90.cuh",
+        "    if (before >= 0) release(before);\n    before = at->stage;\n",
+        "    release(at->stage);\n",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill, one-shot: slots are not re-armed",
+        "fused/prefill_epilogue_sm90.cuh",
+        "if (comes(c + b)) store_slot(slot(s.call.rank, r, c + b), all_bits_set());",
+        "(void)0;",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill, one-shot: a product of the library's may be the sentinel",
+        "fused/prefill_epilogue_sm90.cuh",
+        "if (a.partial != nullptr) v = sendable<typename T::Type>(v);",
+        "",
+        "FusedCuda.PrefillOneShot*",
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: flags of partials are not re-armed",
+        MOVER,
+        "if (waits) store_sys(flag, kSentinel);",
+        "(void)0;",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: a flag is raised before its partial has arrived",
+        MOVER,
+        "        copies_arrived();\n        __threadfence_system();\n",
+        "",
+        FUSED_PREFILL,
+        (PREFILL,),
+        seeds=8,
+    ),
+    KernelMutant(
+        "prefill: staging is given back before it has been read",
+        MOVER,
+        "      copies_read();\n      __syncwarp();\n",
+        "",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: copies are not fenced from stores",
+        MOVER,
+        "  fence_for_copies();\n  __syncwarp();\n  if (lane == 0) raise",
+        "  __syncwarp();\n  if (lane == 0) raise",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: a warp's part is told before all lanes have stored it",
+        MOVER,
+        "  fence_for_copies();\n  __syncwarp();\n  if (lane == 0) raise",
+        "  fence_for_copies();\n  if (lane == 0) raise",
+        FUSED_PREFILL,
+        (PREFILL,),
+        seeds=8,
+    ),
+    KernelMutant(
+        "fused: lanes of a warp disagree on whether the group is broken",
+        "fused/ring_sm90.cuh",
+        "return {s.call, s.epoch, __all_sync(kAllLanes, s.alive) != 0};",
+        "return s;",
+        "FusedCuda.RanksThat*",
+        (DECODE, PREFILL),
+    ),
+    KernelMutant(
+        "prefill: no closing barrier",
+        MOVER,
+        "return fine && close();",
+        "return fine;",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: a CTA leaves while the other one of its cluster arrives at its barriers",
+        "fused/prefill_sm90.cuh",
+        "  cluster_sync();  // no CTA leaves while the other one still arrives at its barriers\n",
+        "",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: a copy for the other CTA may come before its barriers are there",
+        "fused/prefill_sm90.cuh",
+        "  cluster_sync();  // the other CTA's barriers count what is fetched for it\n",
+        "  __syncthreads();\n",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: tiles that did not come are left as they were",
+        "fused/prefill_sm90.cuh",
+        "if (__syncthreads_and(fine) == 0) fill_tiles(a, schedule);",
+        "(void)fine;",
+        "FusedCuda.AMissingRank*",
+        (PREFILL,),
+    ),
+]
+
+
+def try_mutant(work: Path, mutant: KernelMutant, limit: float) -> tuple[bool, str]:
+    """Build and run. True when the tests noticed, and how. The copy is then as it was."""
+    objects = work / "build/cpp/plain"
+    units = [objects / "emulated" / f"{unit}.o" for unit in mutant.units or (mutant.file,)]
+    target = mutate(work / "csrc", mutant)
+    try:
+        kept = [path for path in objects.rglob("*.o") if path not in units]
+        old = [argument for path in kept for argument in ("-o", f"../../{path.relative_to(work)}")]
+        quiet = f"CXX={os.environ.get('CXX', 'g++')} -w"  # a mistake may leave a parameter unused
+        build_program(work, mutant, quiet, *old, "../../build/cpp/plain/kernel_tests")
+        return run_tests(objects / "kernel_tests", mutant.tests, limit, mutant.seeds)
+    finally:
+        shutil.copy2(ROOT / "csrc" / mutant.file, target)
+        for unit in units:
+            shutil.copy2(ROOT / unit.relative_to(work), unit)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the mutants and end")
+    parser.add_argument("--only", metavar="NAME", help="those whose name contains NAME")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="seconds after which waiting tests count as failed (default 60)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default 2)")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only is None or args.only in m.name]
+    if args.list:
+        for mutant in chosen:
+            print(f"{mutant.name}  (csrc/{mutant.file}; {mutant.tests})")
+        return 0
+    if not (ROOT / "build/cpp/plain/kernel_tests").is_file():
+        raise SystemExit("mutants_kernels: build the tests first: make -C tests/cpp kernels")
+
+    def attempt_every(first: int) -> list[str]:
+        survivors = []
+        with tempfile.TemporaryDirectory(prefix="sglang_symm-mutants-") as folder:
+            copy_tree(Path(folder))
+            for number in range(first, len(chosen), args.jobs):
+                start = time.monotonic()
+                result = try_mutant(Path(folder), chosen[number], args.limit)
+                report(number + 1, len(chosen), chosen[number], result, time.monotonic() - start)
+                if not result[0]:
+                    survivors.append(chosen[number].name)
+        return survivors
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        survivors = [name for part in pool.map(attempt_every, range(args.jobs)) for name in part]
+    print(f"{len(chosen) - len(survivors)} passed, {len(survivors)} failed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
