@@ -10,6 +10,7 @@
 // the kernel's end. What is kinder: plain stores arrive at once, loads are in program order. Time is counted in steps.
 #pragma once
 
+#include <sched.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -193,6 +194,7 @@ class Machine {
   std::string describe() const;  // who waits
 
   uint64_t state_;
+  cpu_set_t cores_{};  // before
   uint64_t steps_ = 0;
   std::string failure_;
   std::vector<Stream*> streams_;
