@@ -60,6 +60,13 @@ const Driver& driver() {
   return loaded;
 }
 
+bool is_hopper(int device) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return major == 9 && minor == 0;
+}
+
 DeviceScope::DeviceScope(int device) {
   int current = -1;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");

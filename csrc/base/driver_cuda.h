@@ -34,6 +34,8 @@ struct Driver {
 // Raises when there is no driver, or one too old.
 const Driver& driver();
 
+bool is_hopper(int device);  // compute capability 9.0: sm_90a runs nowhere else
+
 // Makes a device current for a scope.
 class DeviceScope {
  public:

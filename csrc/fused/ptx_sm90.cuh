@@ -166,12 +166,6 @@ __device__ __forceinline__ void wgmma_wait_previous() {
   asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
 
-// An operand in shared memory: rows of 128 bytes, swizzled by TMA, the reduced dimension along the row.
-__device__ __forceinline__ uint64_t operand(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32, kUnused = 1ull << 16;
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | kUnused | kEightRows | kSwizzle128;
-}
-
 // d[64 x N] += a[64 x 16] b[N x 16]^T in fp32. A thread holds rows warp * 16 + lane / 4 (+ 8) and, of every 8 columns,
 // 2 * (lane % 4) (+ 1): d[4 j + 2 h + i] is row + 8 h, column 8 j + i.
 template <class Type, int N>

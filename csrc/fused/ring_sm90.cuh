@@ -25,6 +25,12 @@ struct Position {
   }
 };
 
+// An operand in shared memory: rows of 128 bytes, swizzled by TMA, the reduced dimension along the row.
+__device__ __forceinline__ uint64_t operand(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32, kUnused = 1ull << 16;
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | kUnused | kEightRows | kSwizzle128;
+}
+
 // begin() for a whole warp: one answer for all lanes. `broken` may rise while they read it, by another CTA of this
 // call; lanes that differ would wait for each other for ever.
 __device__ __forceinline__ Session begin_together(const CallCuda& call) {

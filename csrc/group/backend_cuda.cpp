@@ -56,9 +56,7 @@ int clusters_of_four(int device) {
   if (wish.empty() || wish == "2") return 0;
   if (wish != "4") fail(ErrorKind::argument, "SGLANG_SYMM_PREFILL_CLUSTER='", wish, "', expected 2 or 4");
   const char* sms = std::getenv("SGLANG_SYMM_SMS");
-  const bool is_hopper = attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
-                         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
-  if ((sms != nullptr && *sms != 0) || !is_hopper) return 0;
+  if ((sms != nullptr && *sms != 0) || !is_hopper(device)) return 0;
   const DeviceScope scope(device);
   return resident_clusters_of_four();
 }

@@ -26,13 +26,6 @@ MatrixCuda matrix_of(const at::Tensor& t) {
   return {t.const_data_ptr(), t.size(0), t.size(1), stride};
 }
 
-bool is_hopper(int device) {
-  int major = 0, minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return major == 9 && minor == 0;  // sm_90a runs nowhere else
-}
-
 // Too small an arena makes the call slower, not wrong, and on all ranks alike.
 void warn_small_once(Group& group, const Descriptor& descriptor, const char* what, size_t needed, size_t have) {
   if (group.counters.warned_slots.exchange(true)) return;

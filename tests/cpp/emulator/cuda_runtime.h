@@ -60,9 +60,6 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) {
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }
-struct float2 {
-  float x, y;
-};
 
 using std::max;
 using std::min;

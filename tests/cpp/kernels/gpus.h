@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -16,13 +15,13 @@
 #include "collective/sum.h"
 #include "emulator.h"
 #include "memory/segment_cpu.h"
+#include "ranks.h"
 
 namespace sglang_symm::testing {
 
-// How many seeds a randomised test takes: `few` by default, SGLANG_SYMM_TEST_N when that is set.
-inline uint64_t seeds(uint64_t few) {
-  const char* text = std::getenv("SGLANG_SYMM_TEST_N");
-  return text != nullptr && std::atoi(text) > 0 ? static_cast<uint64_t>(std::atoi(text)) : few;
+// How many seeds a randomised test takes.
+inline uint64_t seeds(int few) {
+  return static_cast<uint64_t>(repetitions(few));
 }
 
 struct Gpu {
@@ -79,15 +78,6 @@ class Gpus {
  private:
   std::vector<std::unique_ptr<Gpu>> gpus_;
 };
-
-inline Descriptor describe(OpCode op, Algorithm algorithm, DType dtype, uint64_t count) {
-  Descriptor d;
-  d.op = op;
-  d.algorithm = algorithm;
-  d.dtype = dtype;
-  d.count = count;
-  return d;
-}
 
 // Bits of a number that is exact in every dtype, so that each wrong or missing addend shows.
 inline uint32_t bits_of(float value, DType dtype) {

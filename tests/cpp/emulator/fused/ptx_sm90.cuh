@@ -98,11 +98,6 @@ inline void wgmma_wait_all() {
 inline void wgmma_wait_previous() {
   emulator::products_wait(1);
 }
-// As the hardware takes it.
-inline uint64_t operand(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32, kUnused = 1ull << 16;
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | kUnused | kEightRows | kSwizzle128;
-}
 template <class Type, int N>
 struct Wgmma {
   static void add(float (&d)[N / 2], uint64_t a, uint64_t b) { emulator::multiply(d, N, a, b, &Type::load); }
