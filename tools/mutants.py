@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TRIES = 3  # a mistake that needs two ranks to meet may pass once on a machine of two cores
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ MUTANTS = [
         "the header goes before its fields",
         "signal/signal_cpu.cpp",
         "header.offset_in = offset_in;",
-        "header.epoch.store(call.epoch, std::memory_order_release); sched_yield(); header.offset_in = offset_in;",
+        "header.epoch.store(call.epoch, std::memory_order_release); usleep(1000); header.offset_in = offset_in;",
     ),
     Mutant(
         "descriptors are not compared",
@@ -206,7 +207,7 @@ MUTANTS = [
         "  const Call call = signal_.start(descriptor, offset, kNoOffset);\n",
         "std::byte* late = slot();\n"
         "  const Call call = signal_.start(descriptor, static_cast<uint64_t>(late - arena_.base()), kNoOffset);\n"
-        "  sched_yield();\n  copy_bytes(late, round.in, bytes);\n",
+        "  usleep(1000);\n  copy_bytes(late, round.in, bytes);\n",
     ),
     Mutant(
         "the slot is filled before the abort record is looked at",
@@ -218,13 +219,13 @@ MUTANTS = [
         "done is sent before the share is written",
         "collective/collectives_cpu.cpp",
         "  sum_in_rank_order({sources.data(), world_size_, outputs.data(),",
-        "  signal_.finish(call);\n  sched_yield();\n  sum_in_rank_order({sources.data(), world_size_, outputs.data(),",
+        "  signal_.finish(call);\n  usleep(1000);\n  sum_in_rank_order({sources.data(), world_size_, outputs.data(),",
     ),
     Mutant(
         "the abort record is complete before its fields",
         "signal/signal_cpu.cpp",
         "  target.kind = what.kind;\n",
-        "  target.state.store(AbortRecord::kComplete);\n  sched_yield();\n  target.kind = what.kind;\n",
+        "  target.state.store(AbortRecord::kComplete);\n  usleep(1000);\n  target.kind = what.kind;\n",
         "Signal.*",
     ),
     Mutant(
@@ -247,6 +248,7 @@ MUTANTS = [
         "    report(what, rank_);\n    check();\n  }\n}\n\nvoid SignalCpu::arrive",
         "    report(what, rank_);\n    throw Error(ErrorKind::communication, describe(what));\n  }\n}\n\n"
         "void SignalCpu::arrive",
+        "Signal.*",
     ),
     Mutant(
         "the abort record and bye are looked at before the data",
@@ -335,7 +337,12 @@ def try_mutant(work: Path, mutant: Mutant, limit: float) -> tuple[bool, str]:
     target = mutate(work / "csrc", mutant)
     try:
         build_program(work, mutant, "program")
-        return run_tests(work / "build/cpp/plain/unit_tests", mutant.tests, limit)
+        result = (False, "not run")
+        for _ in range(TRIES):
+            result = run_tests(work / "build/cpp/plain/unit_tests", mutant.tests, limit)
+            if result[0]:
+                break
+        return result
     finally:
         shutil.copyfile(source, target)  # a new time stamp: make builds the original again
 
