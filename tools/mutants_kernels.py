@@ -106,6 +106,14 @@ MUTANTS = [
         (ONE_SHOT,),
     ),
     KernelMutant(
+        "a broken group shuts the gate of CTA 0 alone",
+        PAD,
+        "for (int c = 0; c < kMaxCtas; c++) store_sys(&pad->gate[c].broken, 1u);",
+        "store_sys(&pad->gate[0].broken, 1u);",
+        MISSING,
+        EVERY,
+    ),
+    KernelMutant(
         "two_shot: slots of partials are not re-armed", TWO_SHOT, "re_arm<Max>(s, partials, i);", "(void)0;", MIXED
     ),
     KernelMutant(

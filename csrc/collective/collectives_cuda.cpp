@@ -101,8 +101,7 @@ CollectivesCuda::~CollectivesCuda() {
   int before = -1;
   if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device_) != cudaSuccess) return;
   (void)cudaDeviceSynchronize();
-  const uint32_t broken = 1;
-  (void)cudaMemcpy(&pad(rank_)->broken, &broken, sizeof broken, cudaMemcpyHostToDevice);
+  mark_broken(pad(rank_));
   own_pad_.reset();
   record_pad_.reset();
   (void)cudaGetLastError();

@@ -1,6 +1,9 @@
 #include "signal/pad_cuda.h"
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
+#include <array>
 
 namespace sglang_symm {
 
@@ -29,6 +32,13 @@ LayoutCuda LayoutCuda::of(size_t arena_bytes, int world_size) {
   layout.staging_out = layout.staging_in + layout.staging_bytes;
   layout.heap = layout.staging_out + layout.staging_bytes;
   return layout;
+}
+
+void mark_broken(PadCuda* pad) {
+  std::array<GateCuda, kMaxCtas> shut;
+  shut.fill({0, 1});
+  (void)cudaMemcpy(&pad->gate, shut.data(), sizeof shut, cudaMemcpyHostToDevice);
+  (void)cudaMemcpy(&pad->broken, &shut[0].broken, sizeof pad->broken, cudaMemcpyHostToDevice);
 }
 
 }  // namespace sglang_symm

@@ -62,13 +62,13 @@ __device__ __forceinline__ void fetch(const Args& args) {
 // kernel before this one, `enter` reads the epoch.
 struct Door {
   PadCuda* pad;
-  const uint32_t* counter;
+  const GateCuda* gate;
 };
 
 __device__ __forceinline__ Door arrive(const CallCuda& call) {
   PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
-  const Door door{pad, &pad->epoch[blockIdx.x]};
-  make_now(bits_of(door.pad) ^ bits_of(door.counter));
+  const Door door{pad, &pad->gate[blockIdx.x]};
+  make_now(bits_of(door.pad) ^ bits_of(door.gate));
   fetch(call);
   // Nothing before this touches a slot or an epoch. Then the next kernel may be brought in: it waits at its own.
   wait_for_previous_kernel();
@@ -77,8 +77,7 @@ __device__ __forceinline__ Door arrive(const CallCuda& call) {
 }
 
 __device__ __forceinline__ Session enter(const CallCuda& call, const Door& door) {
-  const uint32_t last = load_sys(door.counter);
-  const uint32_t broken = load_sys(&door.pad->broken);
+  const auto [last, broken] = load_sys(reinterpret_cast<const uint2*>(door.gate));
   return {call, last + 1, broken == 0};
 }
 
@@ -92,11 +91,18 @@ __device__ __forceinline__ void end(const Session& s) {
   PadCuda* pad = s.own();
 #pragma unroll 1
   for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < kMaxCtas; i += blockDim.x * gridDim.x) {
-    pad->epoch[i] = s.epoch;
+    pad->gate[i].epoch = s.epoch;
   }
 }
 
 // ---- failures ----
+
+// For all kernels of this rank, those that run and those to come.
+inline __device__ __noinline__ void break_group(PadCuda* pad) {
+  store_sys(&pad->broken, 1u);
+#pragma unroll 1
+  for (int c = 0; c < kMaxCtas; c++) store_sys(&pad->gate[c].broken, 1u);
+}
 
 // The first failure of this device, for the hosts. `seconds`: how long it waited.
 __device__ __forceinline__ void record_failure(const CallCuda& call, uint32_t epoch, AbortKind kind, uint32_t culprits,
@@ -115,7 +121,7 @@ __device__ __forceinline__ void record_failure(const CallCuda& call, uint32_t ep
     __threadfence_system();
     store_release(reinterpret_cast<uint32_t*>(&record->state), AbortRecord::kComplete);
   }
-  store_sys(&pad->broken, 1u);
+  break_group(pad);
 }
 
 struct Clock {
@@ -130,7 +136,7 @@ __device__ __forceinline__ void look_at_hosts(const CallCuda& call, PadCuda* pad
   const auto looked = *const_cast<const volatile unsigned long long*>(&pad->looked);
   if (static_cast<int64_t>(now - looked) < static_cast<int64_t>(kHostPeriodNs)) return;
   if (atomicCAS(&pad->looked, looked, static_cast<unsigned long long>(now)) != looked) return;
-  if (load_sys(call.abort_state) != AbortRecord::kEmpty) store_sys(&pad->broken, 1u);
+  if (load_sys(call.abort_state) != AbortRecord::kEmpty) break_group(pad);
   store_sys(&pad->left, load_sys(call.left));
 }
 

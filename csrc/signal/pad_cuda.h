@@ -5,9 +5,10 @@
 //   done[p][s][c]             CTA c of rank s, when it no       the owner   e of an old call   release / acquire
 //                             longer touches a peer's memory
 //   proof[s]                  rank s, once, at creation         the owner   0                  a host barrier
-//   epoch[c]                  this rank's kernels, when their   CTA c       e of the last call end of a kernel
+//   gate[c].epoch             this rank's kernels, when their   CTA c       e of the last call end of a kernel
 //                             CTA c has read it
-//   broken, claimed           this rank's kernels, once         its kernels 0                  relaxed
+//   gate[c].broken, broken,   this rank's kernels, once         its kernels 0                  relaxed
+//   claimed
 //   looked, left              this rank's kernels, when they    its kernels 0                  relaxed
 //                             have waited long
 //   slots                     rank s, one-shot and two-shot     the owner   kSentinel          each word is data or not
@@ -37,13 +38,20 @@ struct alignas(64) HeaderCuda {
   uint32_t word[16];  // data, epoch, data, epoch, ...: 4 words of Descriptor, 2 of offset_in, 2 of offset_out
 };
 
+// What every warp of a CTA reads first. Each CTA has its own: thousands of warps that read one word at the same time
+// would wait for each other in L2.
+struct alignas(8) GateCuda {
+  uint32_t epoch;
+  uint32_t broken;
+};
+
 struct PadCuda {
   HeaderCuda header[2][kMaxWorldSize];
   uint32_t done[2][kMaxWorldSize][kMaxCtas];
   uint32_t proof[kMaxWorldSize];
   // This rank's alone.
-  alignas(128) uint32_t epoch[kMaxCtas];
-  alignas(128) uint32_t broken;  // no call of this group does anything any more
+  alignas(128) GateCuda gate[kMaxCtas];
+  alignas(128) uint32_t broken;  // no call of this group does anything any more; every gate says so too
   uint32_t claimed;              // somebody writes the device's record
   unsigned long long looked;     // when a thread of this device looked at the hosts last, ns
   uint32_t left;                 // what it saw there: bit r, rank r said bye
@@ -62,6 +70,9 @@ struct LayoutCuda {
 
   static LayoutCuda of(size_t arena_bytes, int world_size);
 };
+
+// From the host, when no kernel runs: for graphs that may be replayed.
+void mark_broken(PadCuda* pad);
 
 // What every kernel of a group is given.
 struct CallCuda {

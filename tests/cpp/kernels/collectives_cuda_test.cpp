@@ -147,7 +147,7 @@ TEST(CollectivesCuda, AReplayIsTheSameLaunchesAgain) {
     EXPECT_EQ(first.wrong().value_or(""), "");
     EXPECT_EQ(second.wrong().value_or(""), "");
   }
-  EXPECT_EQ(gpus.pad(0).epoch[0], 13u);
+  EXPECT_EQ(gpus.pad(0).gate[0].epoch, 13u);
   expect_at_rest(gpus);
 }
 
@@ -264,7 +264,7 @@ TEST(CollectivesCuda, AMissingRankIsNamedTheOutputIsNanAndTheNextCallLeavesAtOnc
       EXPECT_EQ(record.culprits, 1u << 1) << "rank " << r;
       EXPECT_EQ(record.epoch, 2u);
       EXPECT_EQ(record.seconds, 10);
-      EXPECT_EQ(gpus.pad(r).broken, 1u);
+      expect_broken(gpus.pad(r));
       // Somebody's share may have come; what has not is NaN. Nothing of the call after is left to chance.
       EXPECT_TRUE(all_nan(after.out[static_cast<size_t>(r)].data, 200));
       if (algorithm != Algorithm::two_shot) {
@@ -292,7 +292,7 @@ TEST(CollectivesCuda, RanksThatDisagreeReportTheSame) {
       EXPECT_EQ(record.culprits, 1u << 2);
       EXPECT_EQ(record.expected, a.descriptor);
       EXPECT_EQ(record.got, b.descriptor);
-      EXPECT_EQ(gpus.pad(r).broken, 1u);
+      expect_broken(gpus.pad(r));
     }
   }
 }
@@ -316,7 +316,7 @@ TEST(CollectivesCuda, TheHostsAbortEndsAWaitBeforeTheDeadline) {
   const_cast<AbortRecord*>(gpus[0].signal->abort_record())->state.store(AbortRecord::kComplete);
   call.enqueue(gpus, 1);
   gpus.run();
-  EXPECT_EQ(gpus.pad(1).broken, 1u);
+  expect_broken(gpus.pad(1));
   EXPECT_EQ(gpus[1].signal->own_pad()->device.state.load(), AbortRecord::kEmpty) << "the hosts know already";
   EXPECT_TRUE(all_nan(call.out[1].data, 50));
 }
@@ -325,7 +325,7 @@ TEST(CollectivesCuda, AReplayAfterTheGroupsEndTouchesNobody) {
   std::mt19937_64 random(2);
   Gpus gpus(2, 2);
   AllReduce call(gpus, Algorithm::one_shot, DType::float32, 50, random);
-  gpus.pad(0).broken = 1;  // as the group's end leaves it
+  mark_broken(&gpus.pad(0));  // as the group's end does
   const std::vector<std::byte> before(gpus[1].arena->base(), gpus[1].arena->base() + gpus.layout().heap);
   call.enqueue(gpus, 0);
   gpus.run();

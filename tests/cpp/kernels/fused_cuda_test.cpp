@@ -511,7 +511,7 @@ TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
       EXPECT_EQ(record.kind, AbortKind::missing);
       EXPECT_EQ(record.culprits, 1u << missing) << "rank " << r << " of " << late.what();
       EXPECT_EQ(record.epoch, 2u);
-      EXPECT_EQ(gpus.pad(r).broken, 1u);
+      expect_broken(gpus.pad(r));
       EXPECT_TRUE(late.all_nan(r)) << "rank " << r << " of " << late.what();
       EXPECT_TRUE(after.all_nan(r)) << "rank " << r << " of " << after.what();
     }
@@ -535,7 +535,7 @@ TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
       EXPECT_EQ(record.culprits, 1u << other);
       EXPECT_EQ(record.expected, a.descriptor);
       EXPECT_EQ(record.got, b.descriptor);
-      EXPECT_EQ(gpus.pad(r).broken, 1u);
+      expect_broken(gpus.pad(r));
     }
   }
 }
@@ -561,7 +561,7 @@ TEST(FusedCuda, AReplayAfterTheGroupsEndTouchesNobody) {
     Gpus gpus(kind.world, kind.seed);
     Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
     call.clear();
-    gpus.pad(0).broken = 1;  // as the group's end leaves it
+    mark_broken(&gpus.pad(0));  // as the group's end does
     std::vector<std::vector<std::byte>> before;
     for (int r = 1; r < kind.world; r++) {
       before.emplace_back(gpus[r].arena->base(), gpus[r].arena->base() + gpus[r].arena->bytes());
