@@ -106,10 +106,10 @@ MUTANTS = [
         (ONE_SHOT,),
     ),
     KernelMutant(
-        "a broken group shuts the gate of CTA 0 alone",
+        "a broken group shuts one gate alone",
         PAD,
-        "for (int c = 0; c < kMaxCtas; c++) store_sys(&pad->gate[c].broken, 1u);",
-        "store_sys(&pad->gate[0].broken, 1u);",
+        "for (int i = 0; i < kGates; i++) store_sys",
+        "for (int i = 0; i < 1; i++) store_sys",
         MISSING,
         EVERY,
     ),

@@ -23,12 +23,6 @@ __device__ __forceinline__ uint4 load_sys(const void* p) {
                : "memory");
   return v;
 }
-// Two words, each of which arrives whole.
-__device__ __forceinline__ uint2 load_sys(const uint2* p) {
-  uint2 v;
-  asm volatile("ld.relaxed.sys.global.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-  return v;
-}
 __device__ __forceinline__ void store_sys(uint32_t* p, uint32_t v) {
   asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }

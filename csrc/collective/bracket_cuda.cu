@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kThreads) close(const __grid_constant__ Bracke
   wait_for_previous_kernel();
   let_next_kernel_in();
   const PadCuda* pad = reinterpret_cast<const PadCuda*>(a.call.window[a.call.rank]);
-  if (load_sys(&pad->broken) == 0) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) store_sys(a.ended, load_sys(&pad->gate[0].epoch));
+  if (load_sys(&pad->gate[0].broken) == 0) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) store_sys(a.ended, load_sys(&pad->epoch(0)));
     return;
   }
   auto* out = static_cast<uint8_t*>(a.out);

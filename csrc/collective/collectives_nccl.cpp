@@ -67,7 +67,7 @@ CollectivesNccl::CollectivesNccl(const Options& options, const CommunicatorNccl:
     : CollectivesCuda(members.group, arena, signal, members.device, members.rank, members.world_size, layout, room),
       rank_(members.rank) {
   auto* pad = reinterpret_cast<PadCuda*>(arena->window(members.rank));
-  communicator_ = std::make_unique<CommunicatorNccl>(members, parse(options.unique_id), signal, &pad->broken);
+  communicator_ = std::make_unique<CommunicatorNccl>(members, parse(options.unique_id), signal, pad);
   if (options.window) communicator_->register_window(arena->base(), arena->bytes());
 }
 

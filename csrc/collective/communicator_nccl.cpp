@@ -16,9 +16,8 @@ constexpr auto kPatience = std::chrono::seconds(5);  // for NCCL to free its mem
 
 }  // namespace
 
-CommunicatorNccl::CommunicatorNccl(const Members& members, const nccl::UniqueId& id, SignalCpu& signal,
-                                   uint32_t* broken)
-    : members_(members), nccl_(nccl::library()), signal_(signal), broken_(broken) {
+CommunicatorNccl::CommunicatorNccl(const Members& members, const nccl::UniqueId& id, SignalCpu& signal, PadCuda* pad)
+    : members_(members), nccl_(nccl::library()), signal_(signal), pad_(pad) {
   const DeviceScope scope(members_.device);
   check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&words_), sizeof(Words), cudaHostAllocMapped), "cudaHostAlloc");
   *words_ = {0, 0, 1};
@@ -153,7 +152,9 @@ void CommunicatorNccl::abort(bool wait) {
   (void)cudaSetDevice(members_.device);
   // Before kernels leave: the one behind them looks at it.
   if (stream_ != nullptr) {
-    (void)cudaMemcpyAsync(broken_, &words_->one, sizeof words_->one, cudaMemcpyHostToDevice, stream_);
+    for (GateCuda& gate : pad_->gate) {
+      (void)cudaMemcpyAsync(&gate.broken, &words_->one, sizeof words_->one, cudaMemcpyHostToDevice, stream_);
+    }
     (void)cudaStreamSynchronize(stream_);
   }
   std::packaged_task<void()> task([nccl = &nccl_, comm = comm_, device = members_.device] {

@@ -38,8 +38,8 @@ class CommunicatorNccl {
   };
 
   // Collective, with rank 0's nccl::UniqueId on all ranks. Raises ErrorKind::communication when it does not come up
-  // within the first call's deadline, or NCCL refuses. `broken`: the word in this device's pad.
-  CommunicatorNccl(const Members& members, const nccl::UniqueId& id, SignalCpu& signal, uint32_t* broken);
+  // within the first call's deadline, or NCCL refuses. `pad`: this device's.
+  CommunicatorNccl(const Members& members, const nccl::UniqueId& id, SignalCpu& signal, PadCuda* pad);
   // Aborts: kernels in flight leave.
   ~CommunicatorNccl();
   CommunicatorNccl(const CommunicatorNccl&) = delete;
@@ -65,7 +65,7 @@ class CommunicatorNccl {
   Members members_;
   const nccl::Library& nccl_;
   SignalCpu& signal_;
-  uint32_t* broken_;
+  PadCuda* pad_;
   Words* words_ = nullptr;
   cudaStream_t stream_ = nullptr;
   bool captured_ = false;  // by some graph, which may be alive still

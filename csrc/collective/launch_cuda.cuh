@@ -38,7 +38,7 @@ __device__ __forceinline__ void keep_protocol(const Session& s) {
 #pragma unroll 1
   for (int i = static_cast<int>(blockIdx.x + (threadIdx.x & (kWarp - 1)) * gridDim.x); i < kMaxCtas;
        i += static_cast<int>(kWarp * gridDim.x)) {
-    pad->gate[i].epoch = s.epoch;
+    pad->epoch(i) = s.epoch;
   }
   if (speaks) await_headers(s);
 }

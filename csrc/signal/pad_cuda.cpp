@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <array>
 
 namespace sglang_symm {
 
@@ -35,10 +34,8 @@ LayoutCuda LayoutCuda::of(size_t arena_bytes, int world_size) {
 }
 
 void mark_broken(PadCuda* pad) {
-  std::array<GateCuda, kMaxCtas> shut;
-  shut.fill({0, 1});
-  (void)cudaMemcpy(&pad->gate, shut.data(), sizeof shut, cudaMemcpyHostToDevice);
-  (void)cudaMemcpy(&pad->broken, &shut[0].broken, sizeof pad->broken, cudaMemcpyHostToDevice);
+  const uint32_t broken = 1;
+  for (GateCuda& gate : pad->gate) (void)cudaMemcpy(&gate.broken, &broken, sizeof broken, cudaMemcpyHostToDevice);
 }
 
 }  // namespace sglang_symm

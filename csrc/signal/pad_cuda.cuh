@@ -61,14 +61,15 @@ __device__ __forceinline__ void fetch(const Args& args) {
 // begin() in two halves, for loads of the caller's own that need not wait for the epoch's: `arrive` waits for the
 // kernel before this one, `enter` reads the epoch.
 struct Door {
-  PadCuda* pad;
-  const GateCuda* gate;
+  const uint32_t* epoch;
+  const uint32_t* broken;
 };
 
 __device__ __forceinline__ Door arrive(const CallCuda& call) {
   PadCuda* pad = reinterpret_cast<PadCuda*>(call.window[call.rank]);
-  const Door door{pad, &pad->gate[blockIdx.x]};
-  make_now(bits_of(door.pad) ^ bits_of(door.gate));
+  const int cta = static_cast<int>(blockIdx.x);
+  const Door door{&pad->epoch(cta), &pad->gate[cta % kGates].broken};
+  make_now(bits_of(door.epoch) ^ bits_of(door.broken));
   fetch(call);
   // Nothing before this touches a slot or an epoch. Then the next kernel may be brought in: it waits at its own.
   wait_for_previous_kernel();
@@ -77,7 +78,8 @@ __device__ __forceinline__ Door arrive(const CallCuda& call) {
 }
 
 __device__ __forceinline__ Session enter(const CallCuda& call, const Door& door) {
-  const auto [last, broken] = load_sys(reinterpret_cast<const uint2*>(door.gate));
+  const uint32_t last = load_sys(door.epoch);
+  const uint32_t broken = load_sys(door.broken);
   return {call, last + 1, broken == 0};
 }
 
@@ -91,17 +93,16 @@ __device__ __forceinline__ void end(const Session& s) {
   PadCuda* pad = s.own();
 #pragma unroll 1
   for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < kMaxCtas; i += blockDim.x * gridDim.x) {
-    pad->gate[i].epoch = s.epoch;
+    pad->epoch(i) = s.epoch;
   }
 }
 
 // ---- failures ----
 
 // For all kernels of this rank, those that run and those to come.
-inline __device__ __noinline__ void break_group(PadCuda* pad) {
-  store_sys(&pad->broken, 1u);
-#pragma unroll 1
-  for (int c = 0; c < kMaxCtas; c++) store_sys(&pad->gate[c].broken, 1u);
+__device__ __forceinline__ void break_group(PadCuda* pad) {
+#pragma unroll  // a loop takes registers from the kernels that wait
+  for (int i = 0; i < kGates; i++) store_sys(&pad->gate[i].broken, 1u);
 }
 
 // The first failure of this device, for the hosts. `seconds`: how long it waited.
@@ -148,7 +149,7 @@ inline __device__ __noinline__ bool give_up(const CallCuda& call, uint32_t epoch
   const uint64_t now = time_ns();
   if (clock->start == 0) clock->start = now;
   look_at_hosts(call, pad, now);
-  if (load_sys(&pad->broken) != 0) return true;
+  if (load_sys(&pad->gate[0].broken) != 0) return true;
   // As seen the last time, before `missing` was made: who had left by then had sent all that it ever would.
   const uint32_t left = clock->left & missing;
   clock->left = load_sys(&pad->left);

@@ -5,10 +5,9 @@
 //   done[p][s][c]             CTA c of rank s, when it no       the owner   e of an old call   release / acquire
 //                             longer touches a peer's memory
 //   proof[s]                  rank s, once, at creation         the owner   0                  a host barrier
-//   gate[c].epoch             this rank's kernels, when their   CTA c       e of the last call end of a kernel
+//   gate: epoch of CTA c      this rank's kernels, when their   CTA c       e of the last call end of a kernel
 //                             CTA c has read it
-//   gate[c].broken, broken,   this rank's kernels, once         its kernels 0                  relaxed
-//   claimed
+//   gate: broken; claimed     this rank's kernels, once         its kernels 0                  relaxed
 //   looked, left              this rank's kernels, when they    its kernels 0                  relaxed
 //                             have waited long
 //   slots                     rank s, one-shot and two-shot     the owner   kSentinel          each word is data or not
@@ -38,11 +37,12 @@ struct alignas(64) HeaderCuda {
   uint32_t word[16];  // data, epoch, data, epoch, ...: 4 words of Descriptor, 2 of offset_in, 2 of offset_out
 };
 
-// What every warp of a CTA reads first. Each CTA has its own: thousands of warps that read one word at the same time
-// would wait for each other in L2.
-struct alignas(8) GateCuda {
-  uint32_t epoch;
-  uint32_t broken;
+// What every warp reads first, in several places: two thousand that read one word at the same time wait for each other
+// in L2. CTA c reads gate c % kGates.
+constexpr int kGates = 16;
+struct alignas(128) GateCuda {
+  uint32_t broken;  // no call of this group does anything any more
+  uint32_t epoch[kMaxCtas / kGates];
 };
 
 struct PadCuda {
@@ -50,11 +50,13 @@ struct PadCuda {
   uint32_t done[2][kMaxWorldSize][kMaxCtas];
   uint32_t proof[kMaxWorldSize];
   // This rank's alone.
-  alignas(128) GateCuda gate[kMaxCtas];
-  alignas(128) uint32_t broken;  // no call of this group does anything any more; every gate says so too
-  uint32_t claimed;              // somebody writes the device's record
-  unsigned long long looked;     // when a thread of this device looked at the hosts last, ns
-  uint32_t left;                 // what it saw there: bit r, rank r said bye
+  GateCuda gate[kGates];
+  uint32_t claimed;           // somebody writes the device's record
+  unsigned long long looked;  // when a thread of this device looked at the hosts last, ns
+  uint32_t left;              // what it saw there: bit r, rank r said bye
+
+  constexpr uint32_t& epoch(int cta) { return gate[cta % kGates].epoch[cta / kGates]; }
+  constexpr const uint32_t& epoch(int cta) const { return gate[cta % kGates].epoch[cta / kGates]; }
 };
 
 // Where things lie in a CUDA arena; the same on all ranks.

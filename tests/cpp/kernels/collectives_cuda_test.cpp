@@ -147,7 +147,7 @@ TEST(CollectivesCuda, AReplayIsTheSameLaunchesAgain) {
     EXPECT_EQ(first.wrong().value_or(""), "");
     EXPECT_EQ(second.wrong().value_or(""), "");
   }
-  EXPECT_EQ(gpus.pad(0).gate[0].epoch, 13u);
+  EXPECT_EQ(gpus.pad(0).epoch(0), 13u);
   expect_at_rest(gpus);
 }
 

@@ -14,11 +14,6 @@ inline uint4 load_sys(const void* p) {
   emulator::load(&v, p, sizeof v);
   return v;
 }
-inline uint2 load_sys(const uint2* p) {
-  uint2 v;
-  emulator::load(&v, p, sizeof v);
-  return v;
-}
 inline void store_sys(uint32_t* p, uint32_t v) {
   emulator::store(p, &v, sizeof v);
 }
