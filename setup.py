@@ -5,6 +5,7 @@ Environment variables:
     SGLANG_SYMM_CUDA       1: with CUDA, an error when it cannot be; 0: never; unset: when nvcc fits torch
     TORCH_CUDA_ARCH_LIST   GPU architectures (default: 9.0a)
     SGLANG_SYMM_WERROR     1: warnings are errors (CI)
+    SGLANG_SYMM_TRACE      1: the prefill kernel writes down when it is where (benchmarks/prefill_trace.py)
 """
 
 from __future__ import annotations
@@ -102,6 +103,10 @@ def with_cuda() -> bool:
     return False
 
 
+def traced() -> bool:
+    return os.environ.get("SGLANG_SYMM_TRACE") == "1"
+
+
 def compiler_name() -> str:
     """First line of the C++ compiler's --version."""
     command = [*cpp_extension.get_cxx_compiler().split(), "--version"]
@@ -124,6 +129,8 @@ def make_extension(cuda: bool):
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
         macros += [("SGLANG_SYMM_WITH_CUDA", "1"), ("SGLANG_SYMM_CUDA_VERSION", f'"{nvcc_release()}"')]
+        if traced():
+            macros.append(("SGLANG_SYMM_TRACE", "1"))
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     extension = make(
         "sglang_symm._C",
@@ -158,7 +165,7 @@ def make_command(cuda: bool):
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            kind = f"cuda{nvcc_release()}" if cuda else "cpu"
+            kind = f"cuda{nvcc_release()}{'-trace' if traced() else ''}" if cuda else "cpu"
             self.build_temp = str(ROOT / "build" / f"torch-{torch.__version__}-{kind}")
 
         def run(self) -> None:

@@ -4,6 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+#include <vector>
+
 #include "fused/launch_cuda.h"
 #include "signal/pad_cuda.h"
 
@@ -33,5 +36,16 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
 // How many clusters of four of any prefill kernel the current device, of compute capability 9.0, holds at a time, when
 // nothing else runs on it. A green context is not taken into account.
 int resident_clusters_of_four();
+
+#ifdef SGLANG_SYMM_TRACE
+// When the CTAs of the last prefill kernel of the current device were where: [CTA][visit][stamp] ns, 0 where they have
+// not been. The device must be idle. Afterwards all are 0.
+struct PrefillTrace {
+  int ctas, visits;
+  std::vector<std::string> stamps;
+  std::vector<int64_t> times;
+};
+PrefillTrace take_prefill_trace();
+#endif
 
 }  // namespace sglang_symm

@@ -140,7 +140,8 @@ struct PrefillEpilogue {
 // False once something did not come: then the rest of y is NaN.
 template <class T>
 __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Session& s, const PrefillPlace& at, int cta,
-                                                int warp, int lane, bool fine, const float (&d)[T::kTileN / 2]) {
+                                                int visit, int warp, int lane, bool fine,
+                                                const float (&d)[T::kTileN / 2]) {
   const PrefillEpilogue<T> end{a, s, warp, lane};
   const auto slot = [&](int rank, int source, int c) {
     const size_t tile = (static_cast<size_t>(source) * (a.tiles_m * a.tiles_n) + at.index) * T::kCluster + cta;
@@ -158,6 +159,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
       for (int step = 1; step < s.call.world_size; step++) store_slot(slot(s.peer(step), s.call.rank, c), v);
     }
   }
+  stamp(Stamp::pushed, visit);
   constexpr int kBatch = PrefillEpilogue<T>::kBatch;
   const auto load = [&](int r, int c, uint4(&v)[kBatch]) {
     const auto ready = [&] {
@@ -189,6 +191,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
     if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
   };
   end.sum(at, d, load, store);
+  stamp(Stamp::summed, visit);
   return fine;
 }
 

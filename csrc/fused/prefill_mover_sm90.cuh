@@ -44,10 +44,12 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
   constexpr int kBatch = PrefillEpilogue<T>::kBatch;
   if (at.owner != s.call.rank) {
     wait_raised(&h->freed, visit);
+    stamp(Stamp::may_store, visit);
 #pragma unroll
     for (int c = 0; c < T::kChunks; c++) store_shared(staging + end.within(c), end.chunk(at, d, c));
   } else {
     barrier_wait(&h->arrived, own & 1);
+    stamp(Stamp::may_store, visit);
     // To this rank's y, and to staging for the others'.
     const auto store = [&](int c, uint4 v) {
       const int row = 16 * warp + 8 * (c & 1) + (lane >> 2), column = 32 * (c >> 1) + 8 * (lane & 3);
@@ -78,6 +80,7 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
   fence_for_copies();
   __syncwarp();
   if (lane == 0) raise(&h->pushed[warp], visit + 1);
+  stamp(Stamp::stored, visit);
 }
 
 // The mover, all lanes: carries staging to where it belongs, raises and awaits flags. It alone waits for peers.
@@ -100,7 +103,9 @@ struct PrefillMover {
       const PrefillPlace at = schedule.place(visit);
       const bool own = at.owner == s.call.rank;
       if (own) {
+        stamp(Stamp::partial_awaited, visit);
         if (fine) fine = await_partials(at);
+        stamp(Stamp::partial_came, visit);
         if (lane == 0) announce_partials(at, fine);
         __syncwarp();
       }
@@ -108,6 +113,7 @@ struct PrefillMover {
         while (raised(&h->pushed[lane]) < static_cast<uint32_t>(visit + 1)) __nanosleep(32);
       }
       __syncwarp();
+      stamp(Stamp::taken, visit);
       if (fine) {
 #pragma unroll 1
         for (int piece = 0; piece < kPieces; piece++) {
@@ -122,13 +128,16 @@ struct PrefillMover {
           copies_commit();
         }
       }
+      stamp(Stamp::sent, visit);
       copies_read();
       __syncwarp();
+      stamp(Stamp::freed, visit);
       if (lane == 0) raise(&h->freed, visit + 1);
       if (fine && !own && lane == 0) {
         copies_arrived();
         __threadfence_system();
         store_sys(flag_of<T>(a, s, at, schedule.cta, s.call.rank), 1u);
+        stamp(Stamp::arrived, visit);
       }
       __syncwarp();
     }
@@ -158,6 +167,7 @@ struct PrefillMover {
 
   // The closing barrier, CTA c with CTA c of the peers: nobody's sums come any more, nobody reads partials.
   __device__ __forceinline__ bool close() const {
+    stamp(Stamp::close_begins);
     const bool waits = lane + 1 < s.call.world_size;
     const int peer = s.peer(waits ? lane + 1 : 0);
     if (waits) store_release(&s.pad(peer)->done[s.parity()][s.call.rank][blockIdx.x], s.epoch);
@@ -167,7 +177,9 @@ struct PrefillMover {
       missing = __reduce_or_sync(kAllLanes, waits && load_acquire(flag) != s.epoch ? 1u << peer : 0);
       return missing == 0;
     };
-    return wait_together(s, ready, missing);
+    const bool came = wait_together(s, ready, missing);
+    stamp(Stamp::close_ends);
+    return came;
   }
 
   __device__ __forceinline__ bool await_partials(const PrefillPlace& at) const {

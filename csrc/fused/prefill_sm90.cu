@@ -2,6 +2,7 @@
 #include "fused/prefill_sm90.cuh"
 
 #include <algorithm>
+#include <iterator>
 
 namespace sglang_symm {
 
@@ -89,5 +90,16 @@ int resident_clusters_of_four() {
   }
   return least;
 }
+
+#ifdef SGLANG_SYMM_TRACE
+PrefillTrace take_prefill_trace() {
+  PrefillTrace taken{kMaxCtas, device::kTracedVisits, {std::begin(device::kStamps), std::end(device::kStamps)}, {}};
+  taken.times.resize(sizeof device::trace / sizeof(int64_t));
+  check_cuda(cudaMemcpyFromSymbol(taken.times.data(), device::trace, sizeof device::trace), "cudaMemcpyFromSymbol");
+  const std::vector<int64_t> none(taken.times.size());
+  check_cuda(cudaMemcpyToSymbol(device::trace, none.data(), sizeof device::trace), "cudaMemcpyToSymbol");
+  return taken;
+}
+#endif
 
 }  // namespace sglang_symm

@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (produces) {
     if (a.static_weight) producer.fill_weights();
     wait_for_previous_kernel();
+    stamp(Stamp::previous_ended);
     if (!a.static_weight) producer.fill_weights();
     producer.fill_tokens();
   }
@@ -116,9 +117,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace place = schedule.place(visit);
       float d[T::kTileN / 2];
-      multiply_tile<T>(a, ring, schedule.corner(), warp / 4, lane, &at, d);
+      multiply_tile<T>(a, ring, schedule.corner(), visit, warp / 4, lane, &at, d);
       if constexpr (T::kOneShot) {
-        fine = reduce_one_shot<T>(a, s, place, schedule.cta, warp, lane, fine, d);
+        fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, d);
       } else {
         hand_over<T>(a, s, place, schedule.cta, visit, own, warp, lane, staging, &handover, d);
         own += place.owner == s.call.rank ? 1 : 0;
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (__syncthreads_and(fine) == 0) fill_tiles(a, schedule);
   }
   end(s);
+  stamp(Stamp::end);
 }
 
 }  // namespace sglang_symm::device

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fused/prefill_cuda.h"
+#include "fused/prefill_trace_sm90.cuh"
 #include "fused/ring_sm90.cuh"
 
 namespace sglang_symm::device {
@@ -152,7 +153,7 @@ struct PrefillProducer {
 // d = 64 tokens of this warpgroup x kTileN rows of the weight, all of k.
 template <class T>
 __device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& ring, const PrefillCorner<T>& corner,
-                                              int group, int lane, Position* at, float (&d)[T::kTileN / 2]) {
+                                              int visit, int group, int lane, Position* at, float (&d)[T::kTileN / 2]) {
   constexpr int kMmaBytes = 32, kMmas = T::kRowBytes / kMmaBytes, kGroupBytes = 64 * T::kRowBytes;
 #pragma unroll
   for (int i = 0; i < T::kTileN / 2; i++) d[i] = 0.0f;
@@ -160,9 +161,11 @@ __device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& 
   const auto release = [&](int stage) {
     if (lane < T::kSharers) barrier_arrive_at(&ring.empty[stage], corner.sharer(lane));
   };
+  stamp(Stamp::begins, visit);
 #pragma unroll 1
   for (int k = 0; k < a.k_steps; k++) {
     barrier_wait(&ring.full[at->stage], at->parity);
+    if (k == 0) stamp(Stamp::filled, visit);
     const uint32_t tokens = ring.memory + at->stage * T::kStageBytes + group * kGroupBytes;
     const uint32_t weight = ring.memory + at->stage * T::kStageBytes + T::kTokenBytes;
     wgmma_fence();
@@ -177,6 +180,7 @@ __device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& 
     at->next(ring.stages);
   }
   wgmma_wait_all();
+  stamp(Stamp::multiplied, visit);
   if (before >= 0) release(before);
 }
 

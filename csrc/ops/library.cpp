@@ -50,6 +50,9 @@ TORCH_LIBRARY(sglang_symm, m) {
   m.def("_exit_symmetric_memory(str group) -> ()", &ops::exit_symmetric_memory);
   m.def("_capture_id(str group) -> int", &ops::capture_id);
   m.def("_peer_view(str group, int peer, int offset, int[] size, ScalarType dtype) -> Tensor", &ops::peer_view);
+#ifdef SGLANG_SYMM_TRACE
+  m.def("_prefill_trace() -> (Tensor times, str[] stamps)", &ops::prefill_trace);
+#endif
 }
 
 TORCH_LIBRARY_IMPL(sglang_symm, CompositeExplicitAutograd, m) {

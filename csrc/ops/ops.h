@@ -34,6 +34,11 @@ std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& residual,
     const at::Tensor& norm_weight, double eps, const std::string& group, bool static_weight, bool symmetric);
 
+#ifdef SGLANG_SYMM_TRACE
+// row_parallel_linear_cuda.cpp: take_prefill_trace(), [CTA, visit, stamp].
+std::tuple<at::Tensor, std::vector<std::string>> prefill_trace();
+#endif
+
 // memory_ops.cpp
 at::Tensor empty(at::SymIntArrayRef size, const std::string& group, at::ScalarType dtype, at::Device device);
 void enter_symmetric_memory(const std::string& group);

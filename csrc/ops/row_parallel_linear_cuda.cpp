@@ -179,4 +179,12 @@ bool fused_linear_into(Group& group, Descriptor descriptor, const at::Tensor& x,
   return true;
 }
 
+#ifdef SGLANG_SYMM_TRACE
+std::tuple<at::Tensor, std::vector<std::string>> prefill_trace() {
+  PrefillTrace taken = take_prefill_trace();
+  const std::vector<int64_t> sizes = {taken.ctas, taken.visits, static_cast<int64_t>(taken.stamps.size())};
+  return {at::tensor(taken.times).view(sizes), taken.stamps};
+}
+#endif
+
 }  // namespace sglang_symm::ops
