@@ -12,10 +12,11 @@
 
 namespace sglang_symm {
 
-// What a grid that waits may fill, so that all of it is resident. The same on all ranks.
+// What a grid that waits may fill, so that all of it is resident, and how. The same on all ranks.
 struct RoomCuda {
-  int max_ctas;              // the SMs that kernels of this rank may fill
-  int clusters_of_four = 0;  // of the prefill kernel; 0: it shall have none
+  int max_ctas;                // the SMs that kernels of this rank may fill
+  int clusters_of_four = 0;    // of the prefill kernel; 0: it shall have none
+  bool last_one_shot = false;  // of the prefill kernel, the last visit
 };
 
 class CollectivesCuda : public Collectives {
@@ -45,6 +46,7 @@ class CollectivesCuda : public Collectives {
   int device() const { return device_; }
   int max_ctas() const { return max_ctas_; }
   int clusters_of_four() const { return clusters_of_four_; }
+  bool last_one_shot() const { return last_one_shot_; }
   size_t arena_bytes() const { return arena_->bytes(); }
   std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset) override {
     return signal_.exchange(descriptor, offset);
@@ -69,6 +71,7 @@ class CollectivesCuda : public Collectives {
   LayoutCuda layout_;
   int max_ctas_;
   int clusters_of_four_;
+  bool last_one_shot_;
   CallCuda call_{};  // without what differs from call to call
   // Given up by a constructor that raises, too: else no group could be made at these addresses again.
   RegisteredHost own_pad_;

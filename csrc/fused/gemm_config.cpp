@@ -92,7 +92,9 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
   for (const PrefillRow& row : kPrefill) {
     const int clusters = row.cluster == 2 ? s.sms / 2 : std::min(s.sms / 4, s.clusters_of_four);
     if (clusters < 1) continue;
-    const PrefillConfig c = with_tokens(config_of(row, clusters), s.m, s.n, s.world_size);
+    PrefillConfig wish = config_of(row, clusters);
+    wish.last = s.last_one_shot && s.world_size == 2 ? 1 : 0;
+    const PrefillConfig c = with_tokens(wish, s.m, s.n, s.world_size);
     const double waves = static_cast<double>(c.tiles_m) * c.tiles_n / clusters;
     if (s.world_size < row.min_world || s.world_size > row.max_world || s.m > row.max_m) continue;
     if (static_cast<double>(s.m) < row.least_full * c.tiles_m * kPrefillTokens) continue;
@@ -123,16 +125,26 @@ size_t shared_bytes(const GemmConfig& c) {
 }
 
 size_t slot_bytes(const PrefillConfig& c, int world_size) {
-  const size_t world = static_cast<size_t>(world_size);
-  if (!c.one_shot) return world * static_cast<size_t>(c.share * c.cluster) * sizeof(uint32_t);
-  return world * static_cast<size_t>(c.tiles_m * c.tiles_n) * static_cast<size_t>(kPrefillTokens * c.tile_n) * 2;
+  const size_t tiles = static_cast<size_t>(world_size) * static_cast<size_t>(c.last);
+  return flag_bytes(c, world_size) + tiles * static_cast<size_t>(kPrefillTokens * c.tile_n) * 2;
+}
+
+size_t flag_bytes(const PrefillConfig& c, int world_size) {
+  constexpr size_t kLine = 128;
+  const size_t flags = static_cast<size_t>(world_size) * static_cast<size_t>(c.share * c.cluster);
+  return (flags * sizeof(uint32_t) + kLine - 1) / kLine * kLine;
 }
 
 PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size) {
   c.tiles_m = over(m, kPrefillTokens);
   c.tiles_n = over(n, c.tile_n);
-  c.share = over(int64_t{c.tiles_m} * c.tiles_n, world_size);
-  c.ctas = std::min(c.ctas, c.cluster * c.tiles_m * c.tiles_n);
+  const int64_t tiles = int64_t{c.tiles_m} * c.tiles_n;
+  c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, c.cluster * tiles));
+  // Of two waves the first would have all own tiles, which then wait for partials of the same visit.
+  const int64_t clusters = c.ctas / c.cluster, waves = over(tiles, clusters);
+  const int64_t last_wave = waves == 2 ? 0 : tiles - (waves - 1) * clusters;
+  c.last = static_cast<int>(c.one_shot ? tiles : c.last > 0 ? last_wave : 0);
+  c.share = over(tiles - c.last, world_size);
   return c;
 }
 
@@ -161,7 +173,8 @@ size_t shared_bytes(const PrefillConfig& c) {
 
 std::string to_string(const PrefillConfig& c) {
   return cat(kPrefillTokens, "x", c.tile_n, " tiles, ", c.tiles_m, " x ", c.tiles_n, " in ", c.ctas, " CTAs",
-             c.cluster == 4 ? " by four, " : ", ", c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot");
+             c.cluster == 4 ? " by four, " : ", ", c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot",
+             c.one_shot || c.last == 0 ? "" : cat(", the last ", c.last, " one-shot"));
 }
 
 std::string to_string(const GemmConfig& c) {

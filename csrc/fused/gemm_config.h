@@ -20,6 +20,8 @@ struct GemmShape {
   int sms;  // that the rank may fill
   // Of the prefill kernel, that are resident together on every rank; 0: it shall have none.
   int clusters_of_four = 0;
+  // Of the prefill kernel between two ranks: both sum the tiles of the last wave, instead of their owners.
+  bool last_one_shot = false;
 };
 
 struct GemmConfig {
@@ -45,9 +47,10 @@ struct PrefillConfig {
   int tile_n;            // rows of the weight a tile
   int stages;            // of 64 columns in shared memory
   int tiles_m, tiles_n;  // tiles along the tokens, along the weight
-  int share;             // tiles that a rank owns: tile t is of rank t / share
+  int last;              // of them, at the end, that every rank sums: all (one_shot), the last wave's, or none
+  int share;             // of the others, that a rank owns: tile t is of rank t / share, who sums it and sends the sums
   int ctas;
-  bool one_shot;  // every rank sums all tiles; else their owners alone, which send the sums
+  bool one_shot;
   friend bool operator==(const PrefillConfig&, const PrefillConfig&) = default;
 };
 
@@ -66,7 +69,7 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
 // What choose_prefill may give in clusters of four, but for the tiles: a cluster of each.
 std::vector<PrefillConfig> prefill_of_four();
 
-// The same tiles for another number of tokens.
+// The same tiles for another number of tokens. A `last` of more than 0 becomes that of the last wave.
 PrefillConfig with_tokens(PrefillConfig config, int64_t m, int64_t n, int world_size);
 // A call whose result outgrows staging memory goes in rounds of at least this many tokens.
 constexpr int64_t kLeastRound = 1024;
@@ -77,13 +80,16 @@ size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int worl
 
 // Bytes of slots a parity: every source's whole result, and the sums that owners push (two_shot).
 size_t slot_bytes(const GemmConfig& config, int world_size);
-size_t slot_bytes(const PrefillConfig& config, int world_size);  // data (one_shot), or flags
+// Flags of partials, and behind them every source's part of the tiles that all ranks sum.
+size_t slot_bytes(const PrefillConfig& config, int world_size);
+size_t flag_bytes(const PrefillConfig& config, int world_size);
 // Dynamic shared memory a CTA.
 size_t shared_bytes(const GemmConfig& config);
 size_t shared_bytes(const PrefillConfig& config);
 // "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"
 std::string to_string(const GemmConfig& config);
-// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"; "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages, ..."
+// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"; "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages,
+// two-shot, the last 32 one-shot"
 std::string to_string(const PrefillConfig& config);
 
 }  // namespace sglang_symm

@@ -21,11 +21,13 @@ struct PrefillCuda {
   int k_steps;  // stages of 64 columns
   int stages;
   int tiles_m, tiles_n;  // of a cluster: 256 tokens x tile_n rows of the weight
-  int share;             // tiles that a rank owns, the last ranks fewer
+  int last;              // of them, at the end, that every rank sums for itself: all (one_shot), some or none
+  int share;             // of the others, that a rank owns, the last ranks fewer
   // No kernel that is in flight writes the weight: it is fetched while the previous kernel ends.
   bool static_weight;
   size_t slots;  // offset in every arena: [2 parities][slot_bytes]
   size_t slot_bytes;
+  size_t pushed;    // offset in the slots of a parity, behind the flags: what ranks push of the tiles that all sum
   size_t partials;  // offset in every arena of the staging memory that owners receive partials in (not one_shot)
 };
 

@@ -42,53 +42,52 @@ struct PrefillEpilogue {
     return static_cast<size_t>(warp * T::kWarpBytes + c * T::kChunkBytes + lane * 16);
   }
 
-  // load(r, c, v): rank r's words of chunks c .. c + kBatch - 1; store(c, v): the sums, as the lane's 16 bytes of a
-  // row. One-shot is for two ranks: with the other sum in it as well, its kernel spills registers.
-  template <class Load, class Store>
-  __device__ __forceinline__ void sum(const PrefillPlace& at, const Accumulators& d, const Load& load,
-                                      const Store& store) const {
-    if (T::kOneShot || s.call.world_size == 2) {  // the usual: a + b is b + a
+  // own(c): this rank's rounded partial of chunk c; load(r, c, v): rank r's words of chunks c .. c + kBatch - 1;
+  // store(c, v): the sums, as the lane's 16 bytes of a row. Of two ranks a + b is b + a.
+  template <class Own, class Load, class Store>
+  __device__ __forceinline__ void sum_of_two(const PrefillPlace& at, const Own& own, const Load& load,
+                                             const Store& store) const {
 #pragma unroll
-      for (int first = 0; first < T::kChunks; first += kBatch) {
+    for (int first = 0; first < T::kChunks; first += kBatch) {
+      uint4 v[kBatch] = {};
+      load(1 - s.call.rank, first, v);
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const int c = first + b;
+        float total[8], other[8];
+        unpack(own(c), total);
+        unpack(v[b], other);
+#pragma unroll
+        for (int i = 0; i < 8; i++) total[i] = __fadd_rn(total[i], other[i]);
+        store(c, rows(at, c, total));
+      }
+    }
+  }
+  template <class Own, class Load, class Store>
+  __device__ __forceinline__ void sum_of_many(const PrefillPlace& at, const Own& own, const Load& load,
+                                              const Store& store) const {
+#pragma unroll
+    for (int first = 0; first < T::kChunks; first += kBatch) {
+      float total[kBatch][8];
+#pragma unroll 1
+      for (int r = 0; r < s.call.world_size; r++) {
         uint4 v[kBatch] = {};
-        load(1 - s.call.rank, first, v);
+        if (r == s.call.rank) {
+#pragma unroll
+          for (int b = 0; b < kBatch; b++) v[b] = own(first + b);
+        } else {
+          load(r, first, v);
+        }
 #pragma unroll
         for (int b = 0; b < kBatch; b++) {
-          const int c = first + b;
-          float total[8], other[8];
-          unpack(chunk(at, d, c), total);
-          unpack(v[b], other);
+          float f[8];
+          unpack(v[b], f);
 #pragma unroll
-          for (int i = 0; i < 8; i++) total[i] = __fadd_rn(total[i], other[i]);
-          store(c, rows(at, c, total));
+          for (int i = 0; i < 8; i++) total[b][i] = r == 0 ? f[i] : __fadd_rn(total[b][i], f[i]);
         }
       }
-      return;
-    }
-    if constexpr (!T::kOneShot) {
 #pragma unroll
-      for (int first = 0; first < T::kChunks; first += kBatch) {
-        float total[kBatch][8];
-#pragma unroll 1
-        for (int r = 0; r < s.call.world_size; r++) {
-          uint4 v[kBatch] = {};
-          if (r == s.call.rank) {
-#pragma unroll
-            for (int b = 0; b < kBatch; b++) v[b] = chunk(at, d, first + b);
-          } else {
-            load(r, first, v);
-          }
-#pragma unroll
-          for (int b = 0; b < kBatch; b++) {
-            float f[8];
-            unpack(v[b], f);
-#pragma unroll
-            for (int i = 0; i < 8; i++) total[b][i] = r == 0 ? f[i] : __fadd_rn(total[b][i], f[i]);
-          }
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; b++) store(first + b, rows(at, first + b, total[b]));
-      }
+      for (int b = 0; b < kBatch; b++) store(first + b, rows(at, first + b, total[b]));
     }
   }
 
@@ -135,28 +134,33 @@ struct PrefillEpilogue {
   }
 };
 
-// ---- one-shot ----
+// ---- one-shot, between two ranks ----
 
-// False once something did not come: then the rest of y is NaN.
-template <class T>
+// A tile that every rank sums. wait(ready, missing) is as wait_together. False once something did not come: then the
+// rest of the tile is NaN.
+template <class T, class Wait>
 __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Session& s, const PrefillPlace& at, int cta,
-                                                int visit, int warp, int lane, bool fine,
+                                                int visit, int warp, int lane, bool fine, const Wait& wait,
                                                 const float (&d)[T::kTileN / 2]) {
   const PrefillEpilogue<T> end{a, s, warp, lane};
   const auto slot = [&](int rank, int source, int c) {
-    const size_t tile = (static_cast<size_t>(source) * (a.tiles_m * a.tiles_n) + at.index) * T::kCluster + cta;
-    return s.call.window[rank] + a.slots + s.parity() * a.slot_bytes + tile * T::kBytes + end.within(c);
+    const int first = a.tiles_m * a.tiles_n - a.last;
+    const size_t tile = (static_cast<size_t>(source) * a.last + at.index - first) * T::kCluster + cta;
+    return s.call.window[rank] + a.slots + s.parity() * a.slot_bytes + a.pushed + tile * T::kBytes + end.within(c);
   };
   const auto comes = [&](int c) { return end.token(at, c) < a.m; };
+  // Rounded once, in half of the accumulators' registers: all are needed behind waits.
+  uint4 own[T::kChunks];
+#pragma unroll
+  for (int c = 0; c < T::kChunks; c++) {
+    own[c] = end.chunk(at, d, c);
+    // The library may round to any NaN, also to one that makes the sentinel.
+    if (a.partial != nullptr) own[c] = sendable<typename T::Type>(own[c]);
+  }
   if (s.alive) {
 #pragma unroll
     for (int c = 0; c < T::kChunks; c++) {
-      if (!comes(c)) continue;
-      uint4 v = end.chunk(at, d, c);
-      // The library may round to any NaN, also to one that makes the sentinel.
-      if (a.partial != nullptr) v = sendable<typename T::Type>(v);
-#pragma unroll 1
-      for (int step = 1; step < s.call.world_size; step++) store_slot(slot(s.peer(step), s.call.rank, c), v);
+      if (comes(c)) store_slot(slot(1 - s.call.rank, s.call.rank, c), own[c]);
     }
   }
   stamp(Stamp::pushed, visit);
@@ -177,7 +181,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
       return __all_sync(kAllLanes, all) != 0;
     };
     const uint32_t missing = 1u << r;
-    if (fine) fine = wait_together(s, ready, missing);
+    if (fine) fine = wait(ready, missing);
     if (!fine) return;
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
@@ -190,7 +194,8 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
     if (!fine) v = all_bits_set();
     if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
   };
-  end.sum(at, d, load, store);
+  const auto mine = [&](int c) { return own[c]; };
+  end.sum_of_two(at, mine, load, store);
   stamp(Stamp::summed, visit);
   return fine;
 }

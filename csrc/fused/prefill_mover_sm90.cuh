@@ -8,9 +8,10 @@ namespace sglang_symm::device {
 // ---- two-shot: what math warps and the mover tell each other ----
 
 struct Handover {
-  uint32_t pushed[8];         // by math warp w
+  uint32_t pushed[8];         // by math warp w: how many visits it has done
   uint32_t freed;             // by the mover
   uint32_t step;              // by the producer
+  uint32_t abandoned;         // by the mover: what math warps wait for in the last visit will not come
   uint64_t arrived;           // a barrier, a phase a tile of the own
   uint64_t y[kMaxWorldSize];  // where the ranks' y lie in their arenas
 };
@@ -58,13 +59,14 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
       auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(token) * a.n + n;
       if (token < a.m && n < a.n) *reinterpret_cast<uint4*>(y) = v;
     };
-    if (s.call.world_size == 2) {  // the partial lies where the sums will: read it whole first
+    const auto mine = [&](int c) { return end.chunk(at, d, c); };
+    if constexpr (T::kTwoRanks) {  // the partial lies where the sums will: read it whole first
       uint4 sums[T::kChunks];
       const auto load = [&](int, int c, uint4(&v)[kBatch]) {
 #pragma unroll
         for (int b = 0; b < kBatch; b++) v[b] = load_shared(staging + end.within(c + b));
       };
-      end.sum(at, d, load, [&](int c, uint4 v) { sums[c] = v; });
+      end.sum_of_two(at, mine, load, [&](int c, uint4 v) { sums[c] = v; });
       __syncwarp();
 #pragma unroll
       for (int c = 0; c < T::kChunks; c++) store(c, sums[c]);
@@ -74,13 +76,30 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
 #pragma unroll
         for (int b = 0; b < kBatch; b++) v[b] = load_sys(static_cast<const void*>(partial + end.within(c + b)));
       };
-      end.sum(at, d, load, store);
+      end.sum_of_many(at, mine, load, store);
     }
   }
   fence_for_copies();
   __syncwarp();
   if (lane == 0) raise(&h->pushed[warp], visit + 1);
   stamp(Stamp::stored, visit);
+}
+
+// A math warp: its part of a tile that every rank sums. The mover keeps the time: a wait with a call in it takes more
+// registers than math warps with 128 accumulators have.
+template <class T>
+__device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Session& s, const PrefillPlace& at, int cta,
+                                              int visit, int warp, int lane, bool fine, Handover* h,
+                                              const float (&d)[T::kTileN / 2]) {
+  const auto wait = [&](const auto& ready, uint32_t) {
+    while (!ready()) {
+      if (__any_sync(kAllLanes, raised(&h->abandoned) != 0)) return ready();
+    }
+    return true;
+  };
+  fine = reduce_one_shot<T>(a, s, at, cta, visit, warp, lane, fine, wait, d);
+  if (lane == 0) raise(&h->pushed[warp], visit + 1);
+  return fine;
 }
 
 // The mover, all lanes: carries staging to where it belongs, raises and awaits flags. It alone waits for peers.
@@ -101,6 +120,7 @@ struct PrefillMover {
 #pragma unroll 1
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace at = schedule.place(visit);
+      if (T::kTwoRanks && at.owner == kEveryRank) break;  // the last: nothing to carry
       const bool own = at.owner == s.call.rank;
       if (own) {
         stamp(Stamp::partial_awaited, visit);
@@ -143,7 +163,9 @@ struct PrefillMover {
     }
     copies_arrived();
     __syncwarp();
-    return fine && close();
+    fine = fine && close();
+    if constexpr (T::kTwoRanks) fine = attend(visits, fine);
+    return fine;
   }
 
  private:
@@ -180,6 +202,20 @@ struct PrefillMover {
     const bool came = wait_together(s, ready, missing);
     stamp(Stamp::close_ends);
     return came;
+  }
+
+  // Until the math warps have done all visits; `fine` is whether they may wait for the other rank in the last one.
+  __device__ __forceinline__ bool attend(int visits, bool fine) const {
+    const uint32_t missing = 1u << (1 - s.call.rank);
+    const auto ready = [&] {
+      const bool done = lane >= T::kMathWarps || raised(&h->pushed[lane]) >= static_cast<uint32_t>(visits);
+      if (__all_sync(kAllLanes, done)) return true;
+      __nanosleep(64);
+      return false;
+    };
+    if (fine && wait_together(s, ready, missing)) return true;
+    if (lane == 0) raise(&h->abandoned, 1);
+    return false;
   }
 
   __device__ __forceinline__ bool await_partials(const PrefillPlace& at) const {

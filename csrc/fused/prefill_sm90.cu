@@ -61,7 +61,8 @@ struct Launch {
 void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                     cudaStream_t stream) {
   const DType dtype = args.call.descriptor.dtype;
-  if (config.one_shot && args.call.world_size != 2) {
+  const bool for_two_ranks = config.one_shot || rows_of_cta(config) > 128;  // as PrefillTile::kTwoRanks
+  if (for_two_ranks != (args.call.world_size == 2)) {
     fail(ErrorKind::system, "no prefill kernel between ", args.call.world_size, " ranks for ", to_string(config));
   }
   Launch to(config, dtype);
@@ -70,7 +71,9 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   args.stages = config.stages;
   args.tiles_m = config.tiles_m;
   args.tiles_n = config.tiles_n;
+  args.last = config.last;
   args.share = config.share;
+  args.pushed = flag_bytes(config, args.call.world_size);
   check_cuda(cudaLaunchKernelEx(&to.launch, to.kernel, map_of(weight, dtype, rows_of_cta(config) / 2),
                                 map_of(x, dtype, kPrefillTokens / config.cluster), args),
              "the launch of a fused kernel");

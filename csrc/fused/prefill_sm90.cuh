@@ -17,12 +17,15 @@
 //              one fetches for have read it: 16 in clusters of two, 24 in clusters of four
 //   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out
 //   arrived    a barrier, a phase a tile of the own: its partials are here (between two ranks: in staging)
+//   abandoned  the mover keeps the time of the math warps' waits in the last visit one-shot, see below
 //   partials   in the owner's arena, with a flag a tile in its slots: 1 when all of it has been written, then the
 //              sentinel again. The closing barrier holds a rank until its peers have summed what it sent, and nothing
 //              is sent before the call before has ended, hence staging memory is free between calls
 //
 // Few tiles, one to a CTA (one_shot): nothing is left to hide under. Math warps push their accumulators to everybody's
-// slots, wait for the others', and store y here alone: one step over the link instead of two.
+// slots, wait for the others', and store y here alone: one step over the link instead of two. Two-shot between two
+// ranks can do the same with the tiles of its last wave, which nothing follows either: they are nobody's, all ranks
+// visit them last and in the same order. The closing barrier is for the others, and has long been met then.
 #pragma once
 
 #include "fused/prefill_mover_sm90.cuh"
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   if (threadIdx.x < T::kMathWarps) handover.pushed[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
-    handover.freed = 0;
+    handover.freed = handover.abandoned = 0;
     handover.step = min(a.stages, a.k_steps);
   }
   let_next_kernel_in();
@@ -119,7 +122,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       float d[T::kTileN / 2];
       multiply_tile<T>(a, ring, schedule.corner(), visit, warp / 4, lane, &at, d);
       if constexpr (T::kOneShot) {
-        fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, d);
+        const auto wait = [&](const auto& ready, const uint32_t& missing) { return wait_together(s, ready, missing); };
+        fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, wait, d);
+      } else if (T::kTwoRanks && place.owner == kEveryRank) {
+        fine = exchange_last<T>(a, s, place, schedule.cta, visit, warp, lane, fine, &handover, d);
       } else {
         hand_over<T>(a, s, place, schedule.cta, visit, own, warp, lane, staging, &handover, d);
         own += place.owner == s.call.rank ? 1 : 0;

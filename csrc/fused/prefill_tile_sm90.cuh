@@ -13,6 +13,8 @@ template <class T, int TileN_, bool OneShot, int Cluster>
 struct PrefillTile {
   using Type = T;
   static constexpr bool kOneShot = OneShot;
+  // For two ranks, else for more: each has its own sum, with both in it a kernel spills more registers.
+  static constexpr bool kTwoRanks = OneShot || TileN_ > 128;
   static constexpr int kTileM = 128, kTileN = TileN_;  // of a CTA
   // CTAs of a cluster, along the tokens and along the weight.
   static constexpr int kCluster = Cluster, kClusterM = 2, kClusterN = kCluster / kClusterM;
@@ -34,9 +36,10 @@ struct PrefillTile {
 };
 
 // A cluster's tile, and this CTA's part of it.
+constexpr int kEveryRank = -1;
 struct PrefillPlace {
-  int index;  // of the tile
-  int owner;
+  int index;          // of the tile
+  int owner;          // who sums it: a rank, or every rank for itself
   int token, column;  // where this CTA's part begins; in clusters of four it may lie beyond the last column
 };
 
@@ -54,8 +57,9 @@ struct PrefillCorner {
   __device__ __forceinline__ int sharer(int i) const { return T::kClusterN == 1 ? i : cta ^ i; }
 };
 
-// Which tiles a CTA visits: those of rank + 1 first, its own rank's last. Within them, bands of kBand rows of tiles
-// column by column: what runs at the same time shares its tokens and its weights in L2.
+// Which tiles a CTA visits: those of rank + 1 first, its own rank's last, and behind them those that every rank sums,
+// in the same order on all of them. Within a part, bands of kBand rows of tiles column by column: what runs at the same
+// time shares its tokens and its weights in L2.
 template <class T>
 struct PrefillSchedule {
   static constexpr int kBand = 8;
@@ -64,6 +68,7 @@ struct PrefillSchedule {
 
   __device__ __forceinline__ PrefillCorner<T> corner() const { return {cta}; }
   __device__ __forceinline__ int all() const { return a.tiles_m * a.tiles_n; }
+  __device__ __forceinline__ int owned() const { return T::kOneShot ? 0 : T::kTwoRanks ? all() - a.last : all(); }
   __device__ __forceinline__ int visits() const {
     const int clusters = static_cast<int>(gridDim.x) / T::kCluster, first = static_cast<int>(blockIdx.x) / T::kCluster;
     return (all() - first + clusters - 1) / clusters;
@@ -72,12 +77,16 @@ struct PrefillSchedule {
   // What the same CTA of another rank visits; grids are equal on all ranks.
   __device__ __forceinline__ PrefillPlace place_on(int rank, int visit) const {
     const int clusters = static_cast<int>(gridDim.x) / T::kCluster;
-    int t = static_cast<int>(blockIdx.x) / T::kCluster + visit * clusters + min((rank + 1) * a.share, all());
-    if (t >= all()) t -= all();
+    int t = static_cast<int>(blockIdx.x) / T::kCluster + visit * clusters, owner = kEveryRank;
+    if (t < owned()) {
+      t += min((rank + 1) * a.share, owned());
+      if (t >= owned()) t -= owned();
+      owner = t / a.share;
+    }
     const int band = t / (kBand * a.tiles_n), rows = min(kBand, a.tiles_m - band * kBand);
     const int inside = t - band * kBand * a.tiles_n;
     const int row = band * kBand + inside % rows, column = inside / rows;
-    return {t, t / a.share, (T::kClusterM * row + corner().m()) * T::kTileM,
+    return {t, owner, (T::kClusterM * row + corner().m()) * T::kTileM,
             (T::kClusterN * column + corner().n()) * T::kTileN};
   }
 };

@@ -61,6 +61,16 @@ int clusters_of_four(int device) {
   return resident_clusters_of_four();
 }
 
+// For measurements: two_shot, or one_shot for the last tiles of the prefill kernel, where two ranks sum them both.
+bool last_one_shot() {
+  const char* text = std::getenv("SGLANG_SYMM_PREFILL_LAST");
+  const std::string_view wish = text == nullptr || *text == 0 ? "two_shot" : text;
+  if (wish != "two_shot" && wish != "one_shot") {
+    fail(ErrorKind::argument, "SGLANG_SYMM_PREFILL_LAST='", wish, "', expected two_shot or one_shot");
+  }
+  return wish == "one_shot";
+}
+
 class BackendCuda final : public Backend {
  public:
   explicit BackendCuda(GroupConfig* config)
@@ -85,7 +95,7 @@ class BackendCuda final : public Backend {
     }
     const size_t bytes = SegmentCuda::rounded(device_, std::max(config->arena_bytes, kMinArena));
     layout_ = LayoutCuda::of(bytes, world_size_);
-    room_ = {usable_sms(device_), clusters_of_four(device_)};
+    room_ = {usable_sms(device_), clusters_of_four(device_), last_one_shot()};
     arena_ = std::make_shared<ArenaCuda>(SegmentCuda::create(device_, bytes),
                                          ArenaLayout{layout_.heap, bytes, kAlignment}, rank_, device_);
     base_ = arena_;
@@ -95,7 +105,8 @@ class BackendCuda final : public Backend {
   size_t slot_bytes() const override { return layout_.slot_bytes; }
   std::string settings() const override {
     return cat("arena_bytes=", arena_->bytes(), " slot_bytes=", layout_.slot_bytes, " max_ctas=", room_.max_ctas,
-               " clusters_of_four=", room_.clusters_of_four);
+               " clusters_of_four=", room_.clusters_of_four,
+               " prefill_last=", room_.last_one_shot ? "one_shot" : "two_shot");
   }
   void attach(int peer, Fd fd) override {
     arena_->attach(peer, SegmentCuda::import(device_, std::move(fd), arena_->bytes(), peer));

@@ -3,7 +3,8 @@
 //   word                      written by                        read by     at rest            scope
 //   header[p][s]              rank s, in call e, p = e & 1      the owner   e of an old call   each half holds its e
 //   done[p][s][c]             CTA c of rank s, when it no       the owner   e of an old call   release / acquire
-//                             longer touches a peer's memory
+//                             longer touches a peer's memory,
+//                             but for slots that are awaited
 //   proof[s]                  rank s, once, at creation         the owner   0                  a host barrier
 //   gate: epoch of CTA c      this rank's kernels, when their   CTA c       e of the last call end of a kernel
 //                             CTA c has read it

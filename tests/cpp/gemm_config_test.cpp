@@ -119,6 +119,15 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{256, 16384, 4, 132, 32}, "256x256 tiles, 1 x 64 in 128 CTAs by four, 6 stages, two-shot"},
       {{256, 8192, 4, 132, 32}, ""},
       {{256, 8192, 8, 132, 32}, ""},
+      // Where the last tiles are both ranks'.
+      {{256, 8192, 2, 132, 0, true}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
+      {{1024, 8192, 2, 132, 0, true}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, two-shot"},  // two waves
+      {{1536, 8192, 2, 132, 0, true}, "256x256 tiles, 6 x 32 in 132 CTAs, 3 stages, two-shot, the last 60 one-shot"},
+      {{2048, 8192, 2, 132, 0, true}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"},
+      {{2048, 8192, 2, 128, 0, true}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, two-shot, the last 64 one-shot"},
+      {{2048, 8192, 2, 132, 32, true},
+       "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages, two-shot, the last 32 one-shot"},
+      {{256, 8192, 4, 32, 0, true}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
   };
   for (const Row& row : rows) {
     const auto config = choose_prefill(row.shape);
@@ -129,26 +138,52 @@ TEST(PrefillConfig, FollowsTheTable) {
 }
 
 TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
+  const std::pair<int, bool> forms[] = {{0, false}, {1, false}, {31, false}, {32, false}, {33, false}, {40, false},
+                                        {0, true},  {31, true}, {32, true},  {33, true},  {40, true}};
   for (const int world : {2, 3, 4, 8, 16}) {
     for (const int64_t m : {65, 256, 300, 1000, 2048, 8192}) {
       for (const int64_t n : {8192, 8200, 14336}) {
-        for (const int fours : {0, 1, 31, 32, 33, 40}) {
-          const auto c = choose_prefill({m, n, world, 132, fours});
+        for (const auto& [fours, last] : forms) {
+          const auto c = choose_prefill({m, n, world, 132, fours, last});
           if (!c) continue;
           EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
           EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
-          EXPECT_GE(c->share * world, c->tiles_m * c->tiles_n);
+          const int tiles = c->tiles_m * c->tiles_n;
+          EXPECT_GE(c->share * world + c->last, tiles);
+          EXPECT_TRUE(!c->one_shot || c->last == tiles);
+          const int clusters = c->ctas / c->cluster;
+          EXPECT_EQ(c->last > 0, c->one_shot || (last && world == 2 && tiles > 2 * clusters));
+          if (c->last > 0) {
+            EXPECT_EQ((tiles - c->last) % clusters, 0) << "the last are a wave, or all";
+          }
           EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
           EXPECT_TRUE(c->cluster == 2 || c->cluster == 4);
           EXPECT_EQ(c->ctas % c->cluster, 0);
           EXPECT_LE(c->ctas, c->cluster == 2 ? 132 : std::min(4 * fours, 132)) << "all of it must be resident";
-          EXPECT_TRUE(!c->one_shot || world == 2) << "its kernel has the sum of two ranks alone";
+          EXPECT_EQ(c->one_shot || rows_of_cta(*c) > 128, world == 2)
+              << "a kernel has the sum of two ranks, or of more";
           const size_t result = static_cast<size_t>(m * n) * 2;
           EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
         }
       }
     }
   }
+}
+
+TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
+  const auto c = choose_prefill({2048, 8192, 2, 132, 0, true});
+  ASSERT_TRUE(c);
+  EXPECT_EQ(c->last, 58);
+  EXPECT_EQ(c->share, 99);
+  EXPECT_EQ(flag_bytes(*c, 2), size_t{1664});  // 2 x 99 x 2 words, whole lines
+  EXPECT_EQ(slot_bytes(*c, 2), size_t{1664} + size_t{2} * 58 * 256 * 256 * 2);
+  EXPECT_EQ(staging_bytes(*c, 2048, 8192, 2), size_t{2048} * 8192 * 2) << "y is more than the partials";
+  // 256 tokens less: 224 tiles, 26 of them in the last wave. One wave: nothing is anybody's.
+  EXPECT_EQ(with_tokens(*c, 1792, 8192, 2).last, 26);
+  EXPECT_EQ(with_tokens(*c, 1024, 8192, 2).last, 0);
+  EXPECT_EQ(with_tokens(*c, 256, 8192, 2).last, 32);
+  EXPECT_EQ(with_tokens(*c, 256, 8192, 2).share, 0);
+  EXPECT_EQ(flag_bytes(*choose_prefill({256, 8192, 2, 132}), 2), size_t{0});
 }
 
 TEST(PrefillConfig, WhatClustersOfFourAreAskedOfIsWhatTheyTake) {

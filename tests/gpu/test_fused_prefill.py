@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed_cases import gather_objects
 from tests.gpu.test_fused import CALLS, DTYPES, LIMIT, Case, digest, fused_calls, linear, same, sentence
@@ -17,27 +18,34 @@ WIDE = 8192  # rows of a weight that make enough tiles for every number of token
 
 
 @pytest.fixture(scope="module")
-def cluster(request):
-    """CTAs of a cluster, for every group that is made meanwhile."""
-    ctas = getattr(request, "param", 2)
+def form(request, world):
+    """CTAs of a cluster and who sums the last tiles, for every group that is made meanwhile."""
+    ctas, last = getattr(request, "param", (2, "two_shot"))
     if ctas == 4 and os.environ.get("SGLANG_SYMM_SMS"):
         pytest.skip("clusters of four are for whole GPUs")
+    if last == "one_shot" and dist.get_world_size() != 2:
+        pytest.skip("two ranks alone sum the last tiles together")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_SYMM_PREFILL_CLUSTER", str(ctas))
-        yield ctas
+        patch.setenv("SGLANG_SYMM_PREFILL_LAST", last)
+        yield ctas, last
 
 
-EVERY_CLUSTER = pytest.mark.parametrize("cluster", [2, 4], indirect=True, scope="module")
+FORMS = [(2, "two_shot"), (4, "two_shot"), (2, "one_shot"), (4, "one_shot")]
+EVERY_FORM = pytest.mark.parametrize(
+    "form", FORMS, indirect=True, scope="module", ids=["two", "four", "two-last", "four-last"]
+)
 
 
 @pytest.fixture(scope="module")
-def group(world, cluster):
+def group(world, form):
     from sglang_symm.distributed.group import Group
 
     group = Group(device="cuda", timeout=20.0, arena_bytes=512 << 20)
     # Where there are 32, WIDE rows take clusters of four wherever they take those of two.
-    fours = int(re.search(r" clusters_of_four=(\d+) ", group.info()["settings"]["agreed"])[1])
-    assert (fours > 0) == (cluster == 4)
+    agreed = group.info()["settings"]["agreed"]
+    fours, last = re.search(r" clusters_of_four=(\d+) prefill_last=(\w+)", agreed).groups()
+    assert (int(fours) > 0, last) == (form[0] == 4, form[1])
     yield group
     torch.cuda.synchronize()
     group.destroy()
@@ -51,7 +59,7 @@ def is_fused(size, m):
     return 192 <= m <= 256 if size in (3, 4) else size == 2 and (192 <= m <= 256 or m > 921)
 
 
-@EVERY_CLUSTER
+@EVERY_FORM
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(WIDE, 200), (WIDE - 192, 72)])
 def test_every_number_of_tokens_gives_the_bits_of_the_ordered_sum(group, rank, size, dtype, n, k):
@@ -147,9 +155,9 @@ def test_parts_of_k_that_are_and_are_not_multiples_of_8_are_one_call(group, rank
     assert fused_calls(group) == before + 4 * (m <= 64 or is_fused(size, m))
 
 
-@EVERY_CLUSTER
+@EVERY_FORM
 def test_a_result_that_outgrows_staging_memory_goes_in_rounds_and_too_small_an_arena_is_told(
-    cluster, make, rank, size, capfd
+    form, make, rank, size, capfd
 ):
     case = Case(size, 4000, 4000, 136, torch.bfloat16, bias=True)
     want = case.expected()
@@ -165,7 +173,7 @@ def test_a_result_that_outgrows_staging_memory_goes_in_rounds_and_too_small_an_a
     assert "bytes are enough" in capfd.readouterr().err
 
 
-@EVERY_CLUSTER
+@EVERY_FORM
 def test_random_calls_differ_in_no_bit_on_any_rank_in_any_run(group, rank, size):
     shapes = random.Random(6)
     cases = []
@@ -187,7 +195,7 @@ def test_random_calls_differ_in_no_bit_on_any_rank_in_any_run(group, rank, size)
     group.check()
 
 
-@EVERY_CLUSTER
+@EVERY_FORM
 def test_graphs_replay_among_eager_calls_and_other_ops(group, rank, size):
     cases = [Case(size, m, WIDE, 264, torch.bfloat16, seed=m) for m in (220, 256, 700, 1400)]
     wants = [case.expected().view(torch.int16) for case in cases]
@@ -235,7 +243,7 @@ def test_a_weight_written_by_the_kernel_before_is_read_as_written(group, rank, s
     assert wrong.item() == 0
 
 
-@EVERY_CLUSTER
+@EVERY_FORM
 @pytest.mark.parametrize("m", [200, 1400])
 def test_a_missing_rank_is_named_without_a_trap(make, group, rank, size, m):
     broken = make(timeout=LIMIT, first_timeout=20, arena_bytes=512 << 20)

@@ -289,6 +289,12 @@ PrefillConfig prefill_config(int cluster, int world, int m, int n, int clusters,
   return with_tokens(config, m, n, world);
 }
 
+// The same, but both ranks sum the tiles of the last wave.
+PrefillConfig last_one_shot(PrefillConfig config, int m, int n) {
+  config.last = 1;
+  return with_tokens(config, m, n, 2);
+}
+
 Options any_options(int world, std::mt19937_64& random) {
   Options options;
   options.bias = random() % 2 == 0;
@@ -371,6 +377,31 @@ TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
   }
 }
 
+TEST(FusedCuda, PrefillTwoShotWithTheLastVisitOneShotGivesTheSameBits) {
+  for (uint64_t seed = 0; seed < seeds(2); seed++) {
+    for (const int cluster : kClusters) {
+      std::mt19937_64 random(seed);
+      const DType dtype = kTypes[random() % 2];
+      Gpus gpus(2, random(), 1e6, 2, cluster == 2 ? 16 << 20 : 32 << 20);
+      std::deque<Linear> calls;
+      for (int i = 0; i < 2; i++) {
+        // Three or four waves, the last full or not: owners have as many tiles, or the first one more. Or one wave:
+        // nothing is anybody's.
+        const int clusters = any({1, 2}, random),
+                  tiles = clusters == 1 ? any({1, 3, 4}, random) : any({2, 5, 6, 7}, random);
+        const int rows = tiles % 2 == 0 ? 2 : 1, m = (rows == 2 ? 256 : 0) + any({70, 150}, random);
+        const int n = tile_rows(cluster, 2, false) * tiles / rows - 8 * static_cast<int>(random() % 16);
+        PrefillConfig config = prefill_config(cluster, 2, m, n, clusters, false, any({2, 3}, random));
+        if (random() % 4 != 0) config = last_one_shot(config, m, n);
+        calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
+      }
+      gpus.run();
+      for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+      expect_at_rest(gpus);
+    }
+  }
+}
+
 TEST(FusedCuda, TheTablesOwnChoicesRun) {
   std::mt19937_64 random(1);
   for (const int world : {2, 3, 4}) {
@@ -411,7 +442,12 @@ Config any_config(int world, int* m, int* n, std::mt19937_64& random) {
   *m = any({66, 150}, random);
   const bool one_shot = world == 2 && random() % 2 == 0;
   *n = one_shot ? 136 : 128 * world - 8 * static_cast<int>(random() % 3);
-  return prefill_config(any({2, 4}, random), world, *m, *n, 1, one_shot);
+  const int cluster = any({2, 4}, random);
+  if (world == 2 && !one_shot && random() % 2 == 0) {
+    *n = 2 * tile_rows(cluster, world, one_shot) + 8;  // three waves
+    return last_one_shot(prefill_config(cluster, world, *m, *n, 1, one_shot), *m, *n);
+  }
+  return prefill_config(cluster, world, *m, *n, 1, one_shot);
 }
 
 TEST(FusedCuda, WhatTheCallBeforeWritesIsReadOnlyThen) {
@@ -463,6 +499,7 @@ TEST(FusedCuda, AReplayIsTheSameLaunchesAgain) {
 
 // ---- failures ----
 
+constexpr size_t kArena = 8 << 20;
 struct Kind {
   int world, m, n;
   Config config;
@@ -479,6 +516,8 @@ std::vector<Kind> every_kind(uint64_t seeds) {
                        {3, 100, 376, prefill_config(2, 3, 100, 376, 2, false)},
                        {2, 100, 264, prefill_config(4, 2, 100, 264, 2, true)},
                        {2, 100, 776, prefill_config(4, 2, 100, 776, 1, false)},
+                       {2, 100, 760, last_one_shot(prefill_config(2, 2, 100, 760, 1, false), 100, 760)},
+                       {2, 100, 1288, last_one_shot(prefill_config(4, 2, 100, 1288, 1, false), 100, 1288)},
                        {3, 100, 376, prefill_config(4, 3, 100, 376, 2, false)}};
   std::vector<Kind> all;
   for (uint64_t seed = 0; seed < seeds; seed++) {
@@ -490,7 +529,7 @@ std::vector<Kind> every_kind(uint64_t seeds) {
 TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
   for (const Kind& kind : every_kind(seeds(1))) {
     std::mt19937_64 random(kind.seed);
-    Gpus gpus(kind.world, kind.seed, 80);
+    Gpus gpus(kind.world, kind.seed, 80, 2, kArena);
     Linear fine(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
         late(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
         after(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
@@ -521,7 +560,7 @@ TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
 TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
   for (const Kind& kind : every_kind(seeds(2))) {
     std::mt19937_64 random(kind.seed);
-    Gpus gpus(kind.world, kind.seed, 600);
+    Gpus gpus(kind.world, kind.seed, 600, 2, kArena);
     // The same tiles: nothing but the headers tells.
     Linear a(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {.bias = true}, random),
         b(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
@@ -543,7 +582,7 @@ TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
 TEST(FusedCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
   for (const Kind& kind : every_kind(seeds(1))) {
     std::mt19937_64 random(kind.seed);
-    Gpus gpus(kind.world, kind.seed, 1000);
+    Gpus gpus(kind.world, kind.seed, 1000, 2, kArena);
     Linear call(gpus, kind.config, DType::float16, kind.m, kind.n, {}, random);
     call.clear();
     gpus[0].signal->own_pad()->left.store(1u << 1);
@@ -558,7 +597,7 @@ TEST(FusedCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
 TEST(FusedCuda, AReplayAfterTheGroupsEndTouchesNobody) {
   for (const Kind& kind : every_kind(1)) {
     std::mt19937_64 random(kind.seed);
-    Gpus gpus(kind.world, kind.seed);
+    Gpus gpus(kind.world, kind.seed, 1e6, 2, kArena);
     Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
     call.clear();
     mark_broken(&gpus.pad(0));  // as the group's end does
