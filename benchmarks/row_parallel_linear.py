@@ -14,9 +14,11 @@ rotate over 4 copies, so that L2 flatters nobody: the median over repeats of the
     fused            row_parallel_linear
     fused_plain      the same without programmatic launch: each kernel starts when the one before has ended
     fused_static     the same with static_weight: the weights are fetched while the op before ends
-    four             fused in a group made under SGLANG_SYMM_PREFILL_CLUSTER=4, where there is a prefill kernel for so
-                     many tokens; with --four, and so is the next
-    four_static      the same with static_weight
+    four             with --variants four: fused in a group made under SGLANG_SYMM_PREFILL_CLUSTER=4, where there is a
+                     prefill kernel for so many tokens
+    last             with --variants last: the same under SGLANG_SYMM_PREFILL_LAST=one_shot
+    four+last        with --variants four+last: both
+    four_static ...  the same with static_weight
     limit            the longest of: bytes of w, x and y over --bandwidth (of a GPU's memory), multiplications over
                      --tflops, the bytes that a rank must send over --link; each as measured, or as the vendor says
 """
@@ -40,6 +42,8 @@ import torch.distributed._symmetric_memory as symm_mem
 from sglang_symm.distributed.group import Group
 
 COPIES = 4
+FOUR, LAST = {"SGLANG_SYMM_PREFILL_CLUSTER": "4"}, {"SGLANG_SYMM_PREFILL_LAST": "one_shot"}
+VARIANTS = {"four": FOUR, "last": LAST, "four+last": FOUR | LAST}
 PEERS = ("nccl", "torch_one_shot", "torch_two_shot")
 Op = Callable[[int], Any]
 
@@ -91,7 +95,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def make_ops(
-    m: int, n: int, k: int, group: Group, fours: Group | None, buffer: torch.Tensor | None, nccl: bool
+    m: int, n: int, k: int, group: Group, variants: dict[str, Group], buffer: torch.Tensor | None, nccl: bool
 ) -> dict[str, Op]:
     """Every way to do it, by label."""
     name, world = group.unique_name, dist.group.WORLD.group_name
@@ -136,19 +140,19 @@ def make_ops(
     ops["fused_plain"] = plain
     ops["fused"] = lambda i: linear(xs[i], ws[i], None, name)
     ops["fused_static"] = lambda i: linear(xs[i], ws[i], None, name, True, True)
-    if fours is not None and m > 64:
-        other = fours.unique_name
-        ops["four"] = lambda i: linear(xs[i], ws[i], None, other)
-        ops["four_static"] = lambda i: linear(xs[i], ws[i], None, other, True, True)
+    for label, other in variants.items() if m > 64 else ():
+        ops[label] = lambda i, name=other.unique_name: linear(xs[i], ws[i], None, name)
+        ops[f"{label}_static"] = lambda i, name=other.unique_name: linear(xs[i], ws[i], None, name, True, True)
     return ops
 
 
-def group_of_fours(rank: int) -> Group:
-    os.environ["SGLANG_SYMM_PREFILL_CLUSTER"] = "4"
+def variant_group(label: str, rank: int) -> Group:
+    os.environ.update(VARIANTS[label])
     group = Group(device="cuda", arena_bytes=512 << 20)
-    del os.environ["SGLANG_SYMM_PREFILL_CLUSTER"]
-    if rank == 0:  # too few clusters, and the columns are of clusters of two
-        print(f"with clusters of four: {group.info()['settings']['agreed']}", flush=True)
+    for name in VARIANTS[label]:
+        del os.environ[name]
+    if rank == 0:  # too few clusters of four, and the columns are of clusters of two
+        print(f"{label}: {group.info()['settings']['agreed']}", flush=True)
     return group
 
 
@@ -161,9 +165,10 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
         "plain/gemm": row["fused_plain"]["median"] / row["gemm"]["median"],
         "static/all_reduce_": static / row["all_reduce_"]["median"],
     }
-    if "four_static" in row:
-        found["four/fused"] = row["four"]["median"] / plain
-        found["four_static/static"] = row["four_static"]["median"] / static
+    for label in VARIANTS:
+        if label in row:
+            found[f"{label}/fused"] = row[label]["median"] / plain
+            found[f"{label}_static/static"] = row[f"{label}_static"]["median"] / static
     peers = [row[p]["median"] for p in PEERS if p in row]
     if peers:
         found["static/peers"] = static / min(peers)
@@ -197,12 +202,12 @@ def plot(results: list[dict[str, Any]], path: str, title: str) -> None:
             "fused_plain",
             "fused",
             "fused_static",
-            "four_static",
+            *(f"{variant}_static" for variant in VARIANTS),
         ):
             some = [row for row in rows if label in row]
             if not some:
                 continue
-            ours = label.startswith(("fused", "four"))
+            ours = label.startswith(("fused", *VARIANTS))
             panel.plot(
                 [row["m"] for row in some],
                 [row[label]["median"] / row["gemm"]["median"] for row in some],
@@ -251,7 +256,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--shapes", nargs="*", default=["8192x4096", "8192x14336"], help="NxK of a rank")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 2048])
-    parser.add_argument("--four", action="store_true", help="clusters of four beside those of two, see docs/fused.md")
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, default=[], help="of the prefill kernel, docs/fused.md"
+    )
     parser.add_argument("--plot", help="PNG file")
     parser.add_argument("--bandwidth", type=float, default=2930.0, help="GB/s of memory, for `limit`")
     parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
@@ -266,7 +273,7 @@ def main() -> None:
     else:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     group = Group(device="cuda", arena_bytes=512 << 20)
-    fours = group_of_fours(rank) if args.four else None
+    variants = {label: variant_group(label, rank) for label in args.variants}
     bench = Bench(group, args.ops, args.repeats)
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     buffer = symm_mem.empty(max(n for n, _ in shapes) * max(args.tokens), dtype=torch.bfloat16, device="cuda")
@@ -276,7 +283,7 @@ def main() -> None:
         for m in args.tokens:
             row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": limit(m, n, k, size, args)}
             fused_before = group.info()["fused_calls"]
-            for label, op in make_ops(m, n, k, group, fours, buffer, not shared).items():
+            for label, op in make_ops(m, n, k, group, variants, buffer, not shared).items():
                 row[label] = summary(bench.time(op))
             row["is_fused"] = group.info()["fused_calls"] > fused_before
             row["ratios"] = ratios(row)
@@ -293,9 +300,9 @@ def main() -> None:
     if rank == 0 and args.plot:
         plot(results, args.plot, f"{size} ranks, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, bf16")
     dist.barrier()
-    if fours is not None:
-        fours.check()
-        fours.destroy()
+    for variant in variants.values():
+        variant.check()
+        variant.destroy()
     group.destroy()
     dist.destroy_process_group()
 
