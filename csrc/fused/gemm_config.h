@@ -58,6 +58,10 @@ constexpr int kPrefillTokens = 256;  // a tile
 constexpr int rows_of_cta(const PrefillConfig& c) {
   return 2 * c.tile_n / c.cluster;
 }
+// A prefill kernel has the sum of two ranks or that of more: with both in it, it spills more registers.
+constexpr bool is_for_two_ranks(bool one_shot, int rows_of_cta) {
+  return one_shot || rows_of_cta > 128;
+}
 
 // Nothing when the decode kernel does not take this shape. tile_n, tile_m and tiles say where a partial lies in a slot,
 // so they depend on nothing but m, n and world_size, which all ranks know to be equal; the rest is a rank's own.

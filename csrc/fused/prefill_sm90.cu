@@ -61,8 +61,7 @@ struct Launch {
 void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                     cudaStream_t stream) {
   const DType dtype = args.call.descriptor.dtype;
-  const bool for_two_ranks = config.one_shot || rows_of_cta(config) > 128;  // as PrefillTile::kTwoRanks
-  if (for_two_ranks != (args.call.world_size == 2)) {
+  if (is_for_two_ranks(config.one_shot, rows_of_cta(config)) != (args.call.world_size == 2)) {
     fail(ErrorKind::system, "no prefill kernel between ", args.call.world_size, " ranks for ", to_string(config));
   }
   Launch to(config, dtype);

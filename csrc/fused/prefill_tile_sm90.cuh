@@ -13,8 +13,7 @@ template <class T, int TileN_, bool OneShot, int Cluster>
 struct PrefillTile {
   using Type = T;
   static constexpr bool kOneShot = OneShot;
-  // For two ranks, else for more: each has its own sum, with both in it a kernel spills more registers.
-  static constexpr bool kTwoRanks = OneShot || TileN_ > 128;
+  static constexpr bool kTwoRanks = is_for_two_ranks(OneShot, TileN_);
   static constexpr int kTileM = 128, kTileN = TileN_;  // of a CTA
   // CTAs of a cluster, along the tokens and along the weight.
   static constexpr int kCluster = Cluster, kClusterM = 2, kClusterN = kCluster / kClusterM;
