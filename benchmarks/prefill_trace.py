@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from row_parallel_linear import COPIES, matrix
 
 from sglang_symm.distributed.group import Group
 
-COPIES = 4
 OF_THE_CALL = ("previous_ended", "close_begins", "close_ends", "end")
 # What a warp does between two of its stamps.
 SPANS = {
@@ -121,7 +121,7 @@ def trace(group: Group, m: int, n: int, k: int, static: bool, ops: int, repeats:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8192x4096", help="NxK of a rank")
+    parser.add_argument("--shape", type=matrix, default="8192x4096", metavar="NxK", help="of a rank's weight")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--static", action="store_true", help="with static_weight")
     parser.add_argument("--ops", type=int, default=8)
@@ -130,15 +130,17 @@ def main() -> None:
     args = parser.parse_args()
     if not hasattr(torch.ops.sglang_symm, "_prefill_trace"):
         raise SystemExit("prefill_trace: this library writes no stamps. Build it with SGLANG_SYMM_TRACE=1")
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("prefill_trace: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     group = Group(device="cuda", arena_bytes=512 << 20)
-    n, k = map(int, args.shape.split("x"))
+    n, k = args.shape
     times, stamps = trace(group, args.tokens, n, k, args.static, args.ops, args.repeats)
     group.check()
     if not times.any():
-        raise SystemExit(f"prefill_trace: no prefill kernel for {args.tokens} tokens of {args.shape}")
+        raise SystemExit(f"prefill_trace: no prefill kernel for {args.tokens} tokens of {n}x{k}")
     x, w = (torch.randn(rows, k, device="cuda").bfloat16() for rows in (args.tokens, n))
     mine = {
         "rank": rank,

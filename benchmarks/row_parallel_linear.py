@@ -249,12 +249,26 @@ def report(args: argparse.Namespace, size: int, results: list[dict[str, Any]]) -
     }
 
 
+def matrix(text: str) -> tuple[int, int]:
+    n, found, k = text.partition("x")
+    if not (found and n.isdecimal() and k.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected NxK, as 8192x4096, got '{text}'")
+    return int(n), int(k)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--ops", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--shapes", nargs="*", default=["8192x4096", "8192x14336"], help="NxK of a rank")
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        type=matrix,
+        default=[(8192, 4096), (8192, 14336)],
+        metavar="NxK",
+        help="of a rank's weight (default 8192x4096 8192x14336)",
+    )
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 2048])
     parser.add_argument(
         "--variants", nargs="*", choices=VARIANTS, default=[], help="of the prefill kernel, docs/fused.md"
@@ -275,11 +289,10 @@ def main() -> None:
     group = Group(device="cuda", arena_bytes=512 << 20)
     variants = {label: variant_group(label, rank) for label in args.variants}
     bench = Bench(group, args.ops, args.repeats)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-    buffer = symm_mem.empty(max(n for n, _ in shapes) * max(args.tokens), dtype=torch.bfloat16, device="cuda")
+    buffer = symm_mem.empty(max(n for n, _ in args.shapes) * max(args.tokens), dtype=torch.bfloat16, device="cuda")
     symm_mem.rendezvous(buffer, dist.group.WORLD.group_name)
     results = []
-    for n, k in shapes:
+    for n, k in args.shapes:
         for m in args.tokens:
             row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": limit(m, n, k, size, args)}
             fused_before = group.info()["fused_calls"]
