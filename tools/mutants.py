@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = 3  # a mistake that needs two ranks to meet may pass once on a machine of two cores
@@ -33,6 +34,8 @@ class Mutant:
     new: str
     tests: str = "Group.*"
 
+
+AnyMutant = TypeVar("AnyMutant", bound=Mutant)
 
 MUTANTS = [
     Mutant(
@@ -337,12 +340,11 @@ def try_mutant(work: Path, mutant: Mutant, limit: float) -> tuple[bool, str]:
     target = mutate(work / "csrc", mutant)
     try:
         build_program(work, mutant, "program")
-        result = (False, "not run")
         for _ in range(TRIES):
-            result = run_tests(work / "build/cpp/plain/unit_tests", mutant.tests, limit)
-            if result[0]:
+            caught, how = run_tests(work / "build/cpp/plain/unit_tests", mutant.tests, limit)
+            if caught:
                 break
-        return result
+        return caught, how
     finally:
         shutil.copyfile(source, target)  # a new time stamp: make builds the original again
 
@@ -361,15 +363,29 @@ def report(number: int, count: int, mutant: Mutant, result: tuple[bool, str], se
     print(f"{number:2}/{count} {mark} {mutant.name}: {how} ({seconds:.0f} s)", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None, limit: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
     parser.add_argument("--only", metavar="NAME", help="those whose name contains NAME")
     parser.add_argument(
-        "--limit", type=float, default=30.0, help="seconds after which waiting tests count as failed (default 30)"
+        "--limit",
+        type=float,
+        default=limit,
+        help=f"seconds after which waiting tests count as failed (default {limit:.0f})",
     )
-    args = parser.parse_args()
-    chosen = [m for m in MUTANTS if args.only is None or args.only in m.name]
+    return parser
+
+
+def with_name(mutants: list[AnyMutant], part: str | None) -> list[AnyMutant]:
+    chosen = [mutant for mutant in mutants if part is None or part in mutant.name]
+    if not chosen:
+        raise SystemExit(f"no mutant's name contains '{part}': --list names them")
+    return chosen
+
+
+def main() -> int:
+    args = command_line(__doc__, limit=30.0).parse_args()
+    chosen = with_name(MUTANTS, args.only)
     if args.list:
         for mutant in chosen:
             print(f"{mutant.name}  (csrc/{mutant.file})")

@@ -9,7 +9,6 @@ tests draw their schedules from seeds: a mistake that needs a rare one shows in 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mutants import Mutant, build_program, copy_tree, mutate, report, run_tests  # noqa: E402
+from mutants import Mutant, build_program, command_line, copy_tree, mutate, report, run_tests, with_name  # noqa: E402
 
 ONE_SHOT, TWO_SHOT = "collective/one_shot_cuda.cu", "collective/two_shot_cuda.cu"
 DIRECT, SMALL, NORM = "collective/direct_cuda.cu", "collective/small_cuda.cu", "collective/norm_cuda.cu"
@@ -412,15 +411,10 @@ def try_mutant(work: Path, mutant: KernelMutant, limit: float) -> tuple[bool, st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the mutants and end")
-    parser.add_argument("--only", metavar="NAME", help="those whose name contains NAME")
-    parser.add_argument(
-        "--limit", type=float, default=60.0, help="seconds after which waiting tests count as failed (default 60)"
-    )
+    parser = command_line(__doc__, limit=60.0)
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default 2)")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if args.only is None or args.only in m.name]
+    chosen = with_name(MUTANTS, args.only)
     if args.list:
         for mutant in chosen:
             print(f"{mutant.name}  (csrc/{mutant.file}; {mutant.tests})")
