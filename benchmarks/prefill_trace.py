@@ -132,7 +132,7 @@ def main() -> None:
         raise SystemExit("prefill_trace: this library writes no stamps. Build it with SGLANG_SYMM_TRACE=1")
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("prefill_trace: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     group = Group(device="cuda", arena_bytes=512 << 20)

@@ -39,7 +39,8 @@ class ServerArgs:
     device, dtype                   of weights, cache and communication; device "cpu" or "cuda"
     arena_bytes                     symmetric memory of a group; None for the group's default
     cuda_graphs                     on GPUs decode steps replay CUDA graphs, captured when the runner is made (with
-                                    padding_mode None or MAX_LEN); larger batches run eagerly
+                                    padding_mode None or MAX_LEN, and no group that Gloo serves); larger batches run
+                                    eagerly
     cuda_graph_batch_sizes          of a DP rank; None for 1, 2, 4, ... max_batch
 
     Raises ValueError for a max_batch or max_len below 1."""
@@ -131,6 +132,8 @@ class ModelRunner:
         # One DP rank's rows need no padding among others', whatever the mode.
         fits = self.args.padding_mode is not DpPaddingMode.SUM_LEN or not self.state.enable_dp_attention
         if self.device.type != "cuda" or not self.args.cuda_graphs or not fits:
+            return None
+        if not all(group.capturable for group in (self.state.tp, self.state.attn_tp, self.state.attn_dp)):
             return None
         sizes = self.args.cuda_graph_batch_sizes or default_batch_sizes(self.args.max_batch)
         return DecodeGraphs(self.model, self.cache, sizes)

@@ -3,8 +3,9 @@
     python tools/mps_rig.py --ranks 4 -- -m pytest -q tests/gpu          a module or a script, as after `python`
 
 Starts MPS (unless one runs), starts the ranks with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as
-torchrun does, ends them when one fails, and stops the MPS that it started. Each rank's current stream lies in a green
-context of 132 / P SMs (rounded down to 8) of the GPU, and SGLANG_SYMM_SMS says so: a grid that waits must fit there.
+torchrun does, ends them when one fails, and stops the MPS that it started. A rank's current stream, and every
+torch.cuda.Stream that it makes, lies in a green context of 132 / P SMs (rounded down to 8) of the GPU, and
+SGLANG_SYMM_SMS says so: a grid that waits must fit there.
 
 Ranks on real GPUs and ranks here run the same code. Differences: all share memory bandwidth and L2; a rank killed with
 a kernel in flight takes the others along, so kill tests need GPUs of their own; NCCL before 2.30 refuses two ranks on
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import os
 import runpy
 import shutil
@@ -28,45 +30,72 @@ from pathlib import Path
 
 # Beside the PATH, where drivers put it.
 MPS = shutil.which("nvidia-cuda-mps-control") or "/usr/local/nvidia/bin/nvidia-cuda-mps-control"
+STREAMS = 6  # of a rank
 
 
-def green_stream(part: int, parts: int, sms: int) -> int:
-    """A stream of a green context with `sms` SMs, the `part`-th of `parts`, as an address. Raises RuntimeError."""
-    driver = ctypes.CDLL("libcuda.so.1")
+class GreenContext:
+    """The `part`-th of `parts` pieces of the GPU, of `sms` SMs each, and streams in it. Raises RuntimeError."""
 
-    class Resource(ctypes.Structure):
-        _fields_ = [("opaque", ctypes.c_byte * 144)]
+    def __init__(self, part: int, parts: int, sms: int) -> None:
+        self.driver = driver = ctypes.CDLL("libcuda.so.1")
 
-    def check(code: int, call: str) -> None:
+        class Resource(ctypes.Structure):
+            _fields_ = [("opaque", ctypes.c_byte * 144)]
+
+        whole, split, rest, count = Resource(), (Resource * 16)(), Resource(), ctypes.c_uint(parts)
+        description, self.context = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(driver.cuDeviceGetDevResource(0, ctypes.byref(whole), 1), "cuDeviceGetDevResource")
+        self._check(
+            driver.cuDevSmResourceSplitByCount(
+                split, ctypes.byref(count), ctypes.byref(whole), ctypes.byref(rest), 0, sms
+            ),
+            "cuDevSmResourceSplitByCount",
+        )
+        self._check(
+            driver.cuDevResourceGenerateDesc(ctypes.byref(description), ctypes.byref(split, part * 144), 1),
+            "cuDevResourceGenerateDesc",
+        )
+        self._check(driver.cuGreenCtxCreate(ctypes.byref(self.context), description, 0, 1), "cuGreenCtxCreate")
+
+    def stream(self) -> int:
+        """A new stream of it, as an address."""
+        stream = ctypes.c_void_p()
+        self._check(
+            self.driver.cuGreenCtxStreamCreate(ctypes.byref(stream), self.context, 1, 0), "cuGreenCtxStreamCreate"
+        )
+        assert stream.value is not None
+        return stream.value
+
+    @staticmethod
+    def _check(code: int, call: str) -> None:
         if code != 0:
             raise RuntimeError(f"{call}: CUDA error {code}. Green contexts need a driver of CUDA 12.4 or newer")
 
-    whole, split, rest, count = Resource(), (Resource * 16)(), Resource(), ctypes.c_uint(parts)
-    description, context, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-    check(driver.cuDeviceGetDevResource(0, ctypes.byref(whole), 1), "cuDeviceGetDevResource")
-    check(
-        driver.cuDevSmResourceSplitByCount(split, ctypes.byref(count), ctypes.byref(whole), ctypes.byref(rest), 0, sms),
-        "cuDevSmResourceSplitByCount",
-    )
-    check(
-        driver.cuDevResourceGenerateDesc(ctypes.byref(description), ctypes.byref(split, part * 144), 1),
-        "cuDevResourceGenerateDesc",
-    )
-    check(driver.cuGreenCtxCreate(ctypes.byref(context), description, 0, 1), "cuGreenCtxCreate")
-    check(driver.cuGreenCtxStreamCreate(ctypes.byref(stream), context, 1, 0), "cuGreenCtxStreamCreate")
-    assert stream.value is not None
-    return stream.value
+
+def streams_of(context: GreenContext) -> type:
+    """torch.cuda.Stream whose new streams lie in this context, taking turns, as torch's own do from a pool."""
+    import torch
+
+    addresses = itertools.cycle([context.stream() for _ in range(STREAMS)])
+
+    class Stream(torch.cuda.Stream):
+        def __new__(cls, device: object = None, priority: int = 0, **address: int) -> Stream:
+            return super().__new__(cls, device, priority, **(address or {"stream_ptr": next(addresses)}))
+
+    return Stream
 
 
 def run_rank(program: list[str]) -> None:
-    """The body of one rank: a current stream in its green context, then the program."""
+    """The body of one rank: streams in its green context, then the program."""
     import torch
 
     torch.cuda.set_device(0)
     torch.zeros(1, device="cuda")
     sms = int(os.environ["SGLANG_SYMM_SMS"])
-    stream = green_stream(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sms)
-    torch.cuda.set_stream(torch.cuda.ExternalStream(stream))
+    context = GreenContext(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sms)
+    # Outside of the context a kernel takes SMs of other ranks, and those that wait for them cannot start.
+    torch.cuda.Stream = streams_of(context)  # type: ignore[misc]
+    torch.cuda.set_stream(torch.cuda.Stream())
     sys.path.insert(0, os.getcwd())
     if program[0] == "-m":
         sys.argv = program[1:]
@@ -104,6 +133,7 @@ def run_ranks(ranks: int, program: list[str]) -> int:
             "MASTER_PORT": str(port),
             "SGLANG_SYMM_SMS": str(132 // ranks // 8 * 8),
             "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
         }
         processes.append(subprocess.Popen([sys.executable, __file__, "--rank", "--", *program], env=env))
     status = 0

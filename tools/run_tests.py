@@ -211,17 +211,21 @@ def gpu_parts() -> list[Part]:
                 parts.append(over_gpus(f"over{ranks}", ranks, "tests/distributed"))
                 parts[-1].env = {"SGLANG_SYMM_TEST_DEVICE": "cuda"}
     # The largest first: the small ones fill what is left.
-    return sorted(parts, key=lambda part: -part.gpus) + (long_parts() if gpus > 1 else [])
+    return sorted(parts, key=lambda part: -part.gpus) + long_parts(gpus)
 
 
-def long_parts() -> list[Part]:
-    """Proofs over two GPUs that take minutes."""
-    calls = over_gpus("long2", 2, "tests/gpu/test_fused_proof.py", "-s")
+def long_parts(gpus: int) -> list[Part]:
+    """Proofs between two ranks that take minutes."""
+    proof = "tests/gpu/test_fused_proof.py"
+    calls = over_gpus("long2", 2, proof, "-s") if gpus > 1 else on_the_rig(2, proof, "-s")
+    calls.name = "long2"
     calls.env = {"SGLANG_SYMM_TEST_FUSED_CALLS": "1000000", "SGLANG_SYMM_TEST_FUSED_SECONDS": "240"}
     reports = ["--reports", str(OUT / "memcheck2")]
     memcheck = [sys.executable, "tests/gpu/small_calls.py", "--sanitizer", "memcheck", *reports]
-    mutants = [sys.executable, "tools/mutants_cuda.py", "run", "build/mutants_cuda"]
-    parts = [calls, Part("memcheck2", memcheck, gpus=2, program=True), Part("mutants2", mutants, gpus=2, program=True)]
+    parts = [calls, Part("memcheck2", memcheck, gpus=min(gpus, 2), program=True)]
+    if gpus > 1:
+        mutants = [sys.executable, "tools/mutants_cuda.py", "run", "build/mutants_cuda"]
+        parts.append(Part("mutants2", mutants, gpus=2, program=True))
     for part in parts:
         part.unasked = False
     return parts

@@ -49,14 +49,13 @@ int usable_sms(int device) {
 }
 
 // For measurements: 2, or 4 for clusters of four CTAs in the prefill kernel, where the GPU holds all of a grid. On a
-// part of a GPU nobody says how many there is room for.
+// part of a GPU nobody says how many there is room for: a call whose grid does not fit ends at its deadline.
 int clusters_of_four(int device) {
   const char* text = std::getenv("SGLANG_SYMM_PREFILL_CLUSTER");
   const std::string_view wish = text == nullptr ? "" : text;
   if (wish.empty() || wish == "2") return 0;
   if (wish != "4") fail(ErrorKind::argument, "SGLANG_SYMM_PREFILL_CLUSTER='", wish, "', expected 2 or 4");
-  const char* sms = std::getenv("SGLANG_SYMM_SMS");
-  if ((sms != nullptr && *sms != 0) || !is_hopper(device)) return 0;
+  if (!is_hopper(device)) return 0;
   const DeviceScope scope(device);
   return resident_clusters_of_four();
 }

@@ -57,12 +57,14 @@ void GroupConfig::apply(const std::vector<std::string>& settings) {
     } else if (key == "nccl") {
       nccl_window = value == "window";
       agreed.nccl = nccl_window || parse_flag(key, value);
+    } else if (key == "process_group_on_host") {
+      process_group_on_host = parse_flag(key, value);
     } else if (key == "tuning") {
       agreed.tuning = Tuning::parse(value);
       tuned = true;
     } else {
       fail(ErrorKind::argument, "unknown setting '", setting,
-           "', expected timeout, first_timeout, algo, pinned, strict, tuning or nccl");
+           "', expected timeout, first_timeout, algo, pinned, strict, tuning, nccl or process_group_on_host");
     }
   }
 }

@@ -32,10 +32,11 @@ struct GroupConfig {
   int rank = 0;
   int world_size = 1;
   size_t arena_bytes = 0;
-  std::string process_group;  // c10d name, for fallbacks; empty for none
-  bool symmetric = true;      // communicator: symm or process_group
-  bool strict = false;        // a full arena is an error instead of ordinary memory
-  bool nccl_window = false;   // the arena becomes a window of the group's NCCL communicator (agreed.nccl)
+  std::string process_group;           // c10d name, for fallbacks; empty for none
+  bool process_group_on_host = false;  // Gloo with a GPU's tensors
+  bool symmetric = true;               // communicator: symm or process_group
+  bool strict = false;                 // a full arena is an error instead of ordinary memory
+  bool nccl_window = false;            // the arena becomes a window of the group's NCCL communicator (agreed.nccl)
   Deadlines deadlines;
   Agreed agreed;
   bool tuned = false;  // agreed.tuning was given; else the built-in one of the device goes there

@@ -226,7 +226,11 @@ at::Tensor all_reduce(Group& group, const Descriptor& descriptor, const at::Tens
 }
 
 at::Tensor all_gather_equal(Group& group, const Descriptor& descriptor, const at::Tensor& x) {
-  return call(group, descriptor, "all_gather_into_tensor", x, int64_t{group.world_size()});
+  // Gloo copies GPU tensors of its other collectives by itself; here it would read them as the host's
+  // (pytorch issue 152645: SIGSEGV).
+  const bool by_host = group.config().process_group_on_host;
+  const at::Tensor given = by_host ? x.cpu() : x;
+  return call(group, descriptor, "all_gather_into_tensor", given, int64_t{group.world_size()}).to(x.device());
 }
 
 void broadcast_(Group& group, const Descriptor& descriptor, const at::Tensor& x, int64_t src) {

@@ -198,11 +198,12 @@ class Group:
             native = torch.ops.sglang_symm
             common = (self.unique_name, str(self.device), self.rank_in_group, self.world_size)
             pg_name = self.device_group.group_name
+            settings = [*self.settings.native(), f"process_group_on_host={int(self._process_group_on_host())}"]
             if self.communicator == PROCESS_GROUP:
-                native._group_create_process_group(*common, pg_name, self.settings.native())
+                native._group_create_process_group(*common, pg_name, settings)
                 address = "ok"
             else:
-                chosen = [*self.settings.native(), *self.tuning.native(), f"nccl={self.nccl}"]
+                chosen = [*settings, *self.tuning.native(), f"nccl={self.nccl}"]
                 address = native._group_listen(*common, self.settings.arena_bytes, pg_name, chosen)
             made = True
             return address
@@ -356,6 +357,18 @@ class Group:
     @property
     def destroyed(self) -> bool:
         return self._destroyed
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can hold its calls: not when Gloo serves them, whose collectives run on the host."""
+        if self.world_size == 1 or self.communicator == SYMM:
+            return True
+        return self.device.type == "cuda" and not self._process_group_on_host()
+
+    def _process_group_on_host(self) -> bool:
+        """Whether GPU tensors go through Gloo, which copies them to the host."""
+        served = torch.device(self.device.type) in self.device_group._device_types
+        return self.device.type != "cpu" and served and self.device_group._get_backend(self.device).name() == "gloo"
 
     def destroy(self) -> None:
         """Leave the group; peers that still wait for this rank raise.

@@ -295,7 +295,7 @@ def initialize_model_parallel(
         tensor_model_parallel_size: divides the world size; consecutive ranks form a TP group.
         attention_data_parallel_size: divides it; attention-TP is the quotient.
         device: ``cpu``, or ``cuda`` for the GPU of LOCAL_RANK. backend: of the process groups; default ``gloo`` on
-            CPU, both else.
+            CPU and where ranks share a GPU (NCCL refuses them), both else.
         settings: arena_bytes, timeout, first_timeout, algo, pinned, strict, tables, nccl of every group; see
             Group.
 
@@ -313,7 +313,7 @@ def initialize_model_parallel(
         device = _local_device(device)
         resolved = GroupSettings.resolve(device, **settings)
         seconds = (resolved.timeout, resolved.first_timeout)
-        backend = checked_backend(backend) or ("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        backend = checked_backend(backend) or _default_backend(device)
         config = {
             "tensor_model_parallel_size": _whole("tensor_model_parallel_size", tensor_model_parallel_size),
             "attention_data_parallel_size": _whole("attention_data_parallel_size", attention_data_parallel_size),
@@ -385,6 +385,12 @@ def _local_device(device: torch.device | str) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
+
+
+def _default_backend(device: torch.device) -> str:
+    if device.type == "cpu" or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+        return "gloo"
+    return "cpu:gloo,cuda:nccl"
 
 
 def _whole(name: str, value: Any) -> int:

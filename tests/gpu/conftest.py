@@ -53,9 +53,29 @@ def make() -> Iterator[Callable[..., Group]]:
         group.destroy()
 
 
+def new_shared_group() -> Group:
+    return Group(device="cuda", timeout=TIMEOUT, arena_bytes=64 << 20)
+
+
 @pytest.fixture(scope="session")
-def shared_group(world: None) -> Iterator[Group]:
-    group = Group(device="cuda", timeout=TIMEOUT, arena_bytes=64 << 20)
-    yield group
+def shared_groups(world: None) -> Iterator[list[Group]]:
+    groups = [new_shared_group()]
+    yield groups
     torch.cuda.synchronize()
-    group.destroy()
+    groups[0].destroy()
+
+
+@pytest.fixture
+def shared_group(shared_groups: list[Group]) -> Group:
+    """One for many tests; a test that broke it fails alone, the next has another."""
+    torch.cuda.synchronize()
+    try:
+        shared_groups[0].check()
+        broken = torch.tensor(0)
+    except dist.DistBackendError:
+        broken = torch.tensor(1)
+    dist.all_reduce(broken)
+    if broken > 0:
+        shared_groups[0].destroy()
+        shared_groups[0] = new_shared_group()
+    return shared_groups[0]

@@ -1,6 +1,8 @@
-"""Every kernel of the library at small shapes, over two GPUs: what compute-sanitizer watches.
+"""Every kernel of the library at small shapes, over two GPUs or on one: what compute-sanitizer watches.
 
-    python tests/gpu/small_calls.py --sanitizer memcheck --reports FOLDER [--only collectives|fused]
+    python tests/gpu/small_calls.py --sanitizer memcheck --reports FOLDER [--only collectives|norm|fused|prefill]
+
+On one GPU the ranks take turns, a slice of time each, as without MPS: it is slow, and nothing waits in vain.
 
 Starts two ranks, each under `compute-sanitizer --tool ...` (or plainly), which leaves FOLDER/TOOL.RANK.txt.
 Results are compared bit by bit too. Only the library's kernels are watched.
@@ -77,6 +79,46 @@ def fused(rank: int, size: int) -> Iterator[tuple[str, bool]]:
     group.destroy()
 
 
+def prefill(rank: int, size: int) -> Iterator[tuple[str, bool]]:
+    """Every form of the kernel for many tokens."""
+    import torch
+
+    from sglang_symm.distributed.group import Group
+    from tests.gpu.test_fused import Case, fused_calls, same
+
+    for cluster, last in (("2", "two_shot"), ("4", "two_shot"), ("2", "one_shot"), ("4", "one_shot")):
+        os.environ.update(SGLANG_SYMM_PREFILL_CLUSTER=cluster, SGLANG_SYMM_PREFILL_LAST=last)
+        group = Group(device="cuda", timeout=120.0, arena_bytes=512 << 20)
+        for dtype in (torch.bfloat16, torch.float16):
+            for m, n, k in ((200, 8192, 136), (1000, 8000, 72)):
+                case = Case(size, m, n, k, dtype, seed=m, bias=m == 200)
+                before = fused_calls(group)
+                for static in (False, True):
+                    y = case.call(group, rank, static_weight=static)
+                    what = f"fused {dtype} {m} x {n} x {k}, clusters of {cluster}, last {last}, static {static}"
+                    yield what, same(y, case.expected())
+                assert fused_calls(group) == before + 2
+        group.check()
+        group.destroy()
+
+
+def norm(rank: int, size: int) -> Iterator[tuple[str, bool]]:
+    import torch
+
+    from sglang_symm.distributed.group import Group
+    from tests.gpu.test_norm import Case, problem
+
+    group = Group(device="cuda", timeout=120.0, arena_bytes=64 << 20)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1, 50), (3, 576), (64, 4096), (5, 8195)):
+            case = Case(size, shape, dtype, seed=shape[0])
+            for parity in range(2):
+                wrong = problem(case.call(group, rank), case.hidden(), case.weight)
+                yield f"all_reduce_add_rms_norm {dtype} {shape} parity {parity} {wrong}", wrong == ""
+    group.check()
+    group.destroy()
+
+
 def sanitizer(tool: str, report: Path) -> list[str]:
     """The command before a rank's own; its option for names of kernels has had several names."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -88,15 +130,17 @@ def sanitizer(tool: str, report: Path) -> list[str]:
     return command
 
 
+PARTS = {"collectives": collectives, "norm": norm, "fused": fused, "prefill": prefill}
+
+
 def run_rank(rank: int, store: str, only: str | None) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    parts = {"collectives": collectives, "fused": fused}
     wrong, calls = [], 0
-    for name, part in parts.items():
+    for name, part in PARTS.items():
         if only in (None, name):
             for what, right in part(rank, 2):
                 calls += 1
@@ -110,7 +154,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitizer", choices=["memcheck", "racecheck", "synccheck", "initcheck"])
     parser.add_argument("--reports", default=".", metavar="FOLDER")
-    parser.add_argument("--only", choices=["collectives", "fused"])
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--rank", nargs=2, metavar=("RANK", "STORE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
