@@ -133,7 +133,7 @@ class ModelRunner:
         fits = self.args.padding_mode is not DpPaddingMode.SUM_LEN or not self.state.enable_dp_attention
         if self.device.type != "cuda" or not self.args.cuda_graphs or not fits:
             return None
-        if not all(group.capturable for group in (self.state.tp, self.state.attn_tp, self.state.attn_dp)):
+        if not all(group.capturable for group in (self.state.tp, self.state.attn_tp)):
             return None
         sizes = self.args.cuda_graph_batch_sizes or default_batch_sizes(self.args.max_batch)
         return DecodeGraphs(self.model, self.cache, sizes)

@@ -105,7 +105,7 @@ def all_logits(
     decoded."""
     state = model.state
     own = list(range(len(sequences)))[state.attn_dp_rank :: state.attn_dp_size]
-    cache = model.make_cache(max(1, len(own)), max_len=32)
+    cache = model.make_cache(max(1, len(own)), max_len=max(32, *map(len, sequences)))
     rows: dict[int, list[Tensor]] = {i: [] for i in own}
     starts = [0] * len(own)
     for step in range(1 + DECODED):

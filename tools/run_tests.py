@@ -198,7 +198,8 @@ def gpu_parts() -> list[Part]:
             flush=True,
         )
     llama, collectives = "tests/gpu/test_llama.py", "tests/gpu/test_collectives.py"
-    wanted = {2: ["tests/gpu"], 4: ["tests/gpu"], 3: [collectives, llama], 6: [llama]}
+    models = [llama, "tests/gpu/test_smollm2.py"]
+    wanted = {2: ["tests/gpu"], 4: ["tests/gpu"], 3: [collectives, *models], 6: models}
     wanted[8] = [collectives, "tests/gpu/test_fused.py"]
     wanted.setdefault(gpus, ["tests/gpu"])
     parts = []
