@@ -27,9 +27,8 @@ struct PrefillEpilogue {
   const Session& s;
   int warp, lane;  // warp: of 8, 16 tokens each
 
-  // The rounded partial of chunk c; of a product that the library has made, if it has.
-  __device__ __forceinline__ uint4 chunk(const PrefillPlace& at, const Accumulators& d, int c) const {
-    if (a.partial != nullptr) return product(at, c);
+  // The rounded partial of chunk c.
+  static __device__ __forceinline__ uint4 chunk(const Accumulators& d, int c) {
     const int j = 4 * (c >> 1), h = 2 * (c & 1);
     return make_uint4(T::Type::round(&d[4 * j + h]), T::Type::round(&d[4 * j + 4 + h]),
                       T::Type::round(&d[4 * j + 8 + h]), T::Type::round(&d[4 * j + 12 + h]));
@@ -43,24 +42,35 @@ struct PrefillEpilogue {
   }
 
   // own(c): this rank's rounded partial of chunk c; load(r, c, v): rank r's words of chunks c .. c + kBatch - 1;
-  // store(c, v): the sums, as the lane's 16 bytes of a row. Of two ranks a + b is b + a.
+  // store(c, v): the sums as the MMA leaves them, whose NaN is any. Of two ranks a + b is b + a. Without a bias an
+  // instruction a word is all: a CTA's tensor cores idle meanwhile, and code that is run once comes from L2.
   template <class Own, class Load, class Store>
   __device__ __forceinline__ void sum_of_two(const PrefillPlace& at, const Own& own, const Load& load,
                                              const Store& store) const {
+    const auto of_all = [&](const auto& add) {
 #pragma unroll
-    for (int first = 0; first < T::kChunks; first += kBatch) {
-      uint4 v[kBatch] = {};
-      load(1 - s.call.rank, first, v);
+      for (int first = 0; first < T::kChunks; first += kBatch) {
+        uint4 v[kBatch] = {};
+        load(1 - s.call.rank, first, v);
 #pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        const int c = first + b;
+        for (int b = 0; b < kBatch; b++) store(first + b, add(first + b, own(first + b), v[b]));
+      }
+    };
+    using Type = typename T::Type;
+    if (a.bias == nullptr) {
+      of_all([&](int, uint4 x, uint4 y) {
+        return make_uint4(add_pairs<Type>(x.x, y.x), add_pairs<Type>(x.y, y.y), add_pairs<Type>(x.z, y.z),
+                          add_pairs<Type>(x.w, y.w));
+      });
+    } else {
+      of_all([&](int c, uint4 x, uint4 y) {
         float total[8], other[8];
-        unpack(own(c), total);
-        unpack(v[b], other);
+        unpack(x, total);
+        unpack(y, other);
 #pragma unroll
         for (int i = 0; i < 8; i++) total[i] = __fadd_rn(total[i], other[i]);
-        store(c, rows(at, c, total));
-      }
+        return rounded(at, c, total);
+      });
     }
   }
   template <class Own, class Load, class Store>
@@ -87,8 +97,18 @@ struct PrefillEpilogue {
         }
       }
 #pragma unroll
-      for (int b = 0; b < kBatch; b++) store(first + b, rows(at, first + b, total[b]));
+      for (int b = 0; b < kBatch; b++) store(first + b, rows(rounded(at, first + b, total[b])));
     }
+  }
+  // Sums as the lane's 16 bytes of a row, with the one NaN that sums have.
+  __device__ __forceinline__ uint4 rows(uint4 v) const {
+    using Type = typename T::Type;
+    if (Type::has_nan(v.x) || Type::has_nan(v.y) || Type::has_nan(v.z) || Type::has_nan(v.w)) v = canonical(v);
+    return row_of_quad(v, lane);
+  }
+  static __device__ __forceinline__ uint4 canonical(uint4 v) {
+    using Type = typename T::Type;
+    return make_uint4(Type::canonical(v.x), Type::canonical(v.y), Type::canonical(v.z), Type::canonical(v.w));
   }
 
  private:
@@ -98,28 +118,11 @@ struct PrefillEpilogue {
     T::Type::unpack(v.z, &f[4]);
     T::Type::unpack(v.w, &f[6]);
   }
-  // The sums of chunk c, with the bias, rounded, as the lane's 16 bytes of a row.
-  __device__ __forceinline__ uint4 rows(const PrefillPlace& at, int c, float (&total)[8]) const {
+  // The sums of chunk c, with the bias.
+  __device__ __forceinline__ uint4 rounded(const PrefillPlace& at, int c, float (&total)[8]) const {
     using Type = typename T::Type;
     if (a.bias != nullptr) add_bias(at.column + 32 * (c >> 1), total);
-    uint4 v =
-        make_uint4(Type::round(&total[0]), Type::round(&total[2]), Type::round(&total[4]), Type::round(&total[6]));
-    if (Type::has_nan(v.x) || Type::has_nan(v.y) || Type::has_nan(v.z) || Type::has_nan(v.w)) {
-      v = make_uint4(Type::canonical(v.x), Type::canonical(v.y), Type::canonical(v.z), Type::canonical(v.w));
-    }
-    return row_of_quad(v, lane);
-  }
-  __device__ __forceinline__ uint4 product(const PrefillPlace& at, int c) const {
-    uint32_t word[4] = {};
-    const int row = token(at, c);
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-      const int column = at.column + 32 * (c >> 1) + 8 * q + 2 * (lane & 3);
-      if (row >= a.m || column >= a.n) continue;
-      const auto* words = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
-      word[q] = *reinterpret_cast<const uint32_t*>(words);
-    }
-    return make_uint4(word[0], word[1], word[2], word[3]);
+    return make_uint4(Type::round(&total[0]), Type::round(&total[2]), Type::round(&total[4]), Type::round(&total[6]));
   }
   __device__ __forceinline__ void add_bias(int column, float (&total)[8]) const {
 #pragma unroll
@@ -152,11 +155,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
   // Rounded once, in half of the accumulators' registers: all are needed behind waits.
   uint4 own[T::kChunks];
 #pragma unroll
-  for (int c = 0; c < T::kChunks; c++) {
-    own[c] = end.chunk(at, d, c);
-    // The library may round to any NaN, also to one that makes the sentinel.
-    if (a.partial != nullptr) own[c] = sendable<typename T::Type>(own[c]);
-  }
+  for (int c = 0; c < T::kChunks; c++) own[c] = end.chunk(d, c);
   if (s.alive) {
 #pragma unroll
     for (int c = 0; c < T::kChunks; c++) {
@@ -191,7 +190,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
   auto* y = static_cast<uint16_t*>(a.y);
   const auto store = [&](int c, uint4 v) {
     const int row = end.token(at, c), column = at.column + 32 * (c >> 1) + 8 * (lane & 3);
-    if (!fine) v = all_bits_set();
+    v = fine ? end.rows(v) : all_bits_set();
     if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
   };
   const auto mine = [&](int c) { return own[c]; };

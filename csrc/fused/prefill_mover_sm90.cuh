@@ -35,6 +35,18 @@ __device__ __forceinline__ uint32_t* flag_of(const PrefillCuda& a, const Session
   return reinterpret_cast<uint32_t*>(s.call.window[at.owner] + a.slots + s.parity() * a.slot_bytes) + flag;
 }
 
+// A warp's rows in staging: every NaN becomes the one that sums have.
+template <class T>
+__device__ __noinline__ void make_canonical(uint32_t rows, int lane) {
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < 16 * T::kTileN / 8; i += kWarp) {
+    const uint32_t word = rows + i / (T::kTileN / 8) * T::kPitch + i % (T::kTileN / 8) * 16;
+    store_shared(word, PrefillEpilogue<T>::canonical(load_shared(word)));
+  }
+  __syncwarp();
+}
+
 // A math warp: its part of tile `visit` goes to staging, as a partial for its owner or as summed rows of y. own: how
 // many tiles of its rank's own this CTA has had before.
 template <class T>
@@ -43,41 +55,52 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
                                           const float (&d)[T::kTileN / 2]) {
   const PrefillEpilogue<T> end{a, s, warp, lane};
   constexpr int kBatch = PrefillEpilogue<T>::kBatch;
+  const uint32_t part = staging + warp * T::kStagingWarp;  // this warp's
+  const auto fragment = [&](int c) { return part + c * T::kChunkBytes + lane * 16; };
+  const auto mine = [&](int c) { return end.chunk(d, c); };
   if (at.owner != s.call.rank) {
     wait_raised(&h->freed, visit);
     stamp(Stamp::may_store, visit);
 #pragma unroll
-    for (int c = 0; c < T::kChunks; c++) store_shared(staging + end.within(c), end.chunk(at, d, c));
+    for (int c = 0; c < T::kChunks; c++) store_shared(fragment(c), mine(c));
+  } else if constexpr (T::kTwoRanks) {
+    barrier_wait(&h->arrived, own & 1);
+    stamp(Stamp::may_store, visit);
+    // The partial lies where the sums will: read it whole first.
+    using Type = typename T::Type;
+    uint4 sums[T::kChunks];
+    uint32_t nan = 0;
+    const auto load = [&](int, int c, uint4(&v)[kBatch]) {
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) v[b] = load_shared(fragment(c + b));
+    };
+    end.sum_of_two(at, mine, load, [&](int c, uint4 v) {
+      sums[c] = v;
+      nan = larger_or_nan<Type>(nan, larger_or_nan<Type>(larger_or_nan<Type>(v.x, v.y), larger_or_nan<Type>(v.z, v.w)));
+    });
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < T::kChunks; c++) {
+      store_matrices(part + (8 * (c & 1) + (lane & 7)) * T::kPitch + 64 * (c >> 1) + 16 * (lane >> 3), sums[c]);
+    }
+    if (__any_sync(kAllLanes, Type::has_nan(nan))) make_canonical<T>(part, lane);
   } else {
     barrier_wait(&h->arrived, own & 1);
     stamp(Stamp::may_store, visit);
     // To this rank's y, and to staging for the others'.
     const auto store = [&](int c, uint4 v) {
       const int row = 16 * warp + 8 * (c & 1) + (lane >> 2), column = 32 * (c >> 1) + 8 * (lane & 3);
-      store_shared(staging + (row * T::kTileN + column) * 2, v);
+      store_shared(staging + row * T::kPitch + column * 2, v);
       const int token = at.token + row, n = at.column + column;
       auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(token) * a.n + n;
       if (token < a.m && n < a.n) *reinterpret_cast<uint4*>(y) = v;
     };
-    const auto mine = [&](int c) { return end.chunk(at, d, c); };
-    if constexpr (T::kTwoRanks) {  // the partial lies where the sums will: read it whole first
-      uint4 sums[T::kChunks];
-      const auto load = [&](int, int c, uint4(&v)[kBatch]) {
+    const auto load = [&](int r, int c, uint4(&v)[kBatch]) {
+      const std::byte* partial = partial_of<T>(a, s, at, cta, r);
 #pragma unroll
-        for (int b = 0; b < kBatch; b++) v[b] = load_shared(staging + end.within(c + b));
-      };
-      end.sum_of_two(at, mine, load, [&](int c, uint4 v) { sums[c] = v; });
-      __syncwarp();
-#pragma unroll
-      for (int c = 0; c < T::kChunks; c++) store(c, sums[c]);
-    } else {
-      const auto load = [&](int r, int c, uint4(&v)[kBatch]) {
-        const std::byte* partial = partial_of<T>(a, s, at, cta, r);
-#pragma unroll
-        for (int b = 0; b < kBatch; b++) v[b] = load_sys(static_cast<const void*>(partial + end.within(c + b)));
-      };
-      end.sum_of_many(at, mine, load, store);
-    }
+      for (int b = 0; b < kBatch; b++) v[b] = load_sys(static_cast<const void*>(partial + end.within(c + b)));
+    };
+    end.sum_of_many(at, mine, load, store);
   }
   fence_for_copies();
   __syncwarp();
@@ -115,7 +138,9 @@ struct PrefillMover {
   // Whether all that was waited for came.
   __device__ __forceinline__ bool move(bool fine) const {
     const int visits = schedule.visits();
-    if (lane < s.call.world_size) h->y[lane] = offset_out(s.own()->header[s.parity()][lane]);
+    if (lane < s.call.world_size) {
+      h->y[lane] = lane == s.call.rank ? s.call.offset_out : offset_out(s.own()->header[s.parity()][lane]);
+    }
     __syncwarp();
 #pragma unroll 1
     for (int visit = 0; visit < visits; visit++) {
@@ -141,9 +166,11 @@ struct PrefillMover {
           if (own) {
             send_rows(at, piece);
           } else if (lane == 0) {
-            constexpr int kPieceBytes = T::kBytes / kPieces;
+            constexpr int kPieceBytes = T::kBytes / kPieces, kWarpPieces = kPieces / T::kMathWarps;
             std::byte* to = partial_of<T>(a, s, at, schedule.cta, s.call.rank);
-            copy_out(to + piece * kPieceBytes, staging + piece * kPieceBytes, kPieceBytes);
+            const int warp = piece / kWarpPieces;
+            const uint32_t from = staging + warp * T::kStagingWarp + piece % kWarpPieces * kPieceBytes;
+            copy_out(to + piece * kPieceBytes, from, kPieceBytes);
           }
           copies_commit();
         }
@@ -184,7 +211,10 @@ struct PrefillMover {
     if (!fine || s.call.world_size > 2) return barrier_arrive(&h->arrived);
     fence_for_copies();
     barrier_expect(&h->arrived, T::kBytes);
-    copy_in(staging, partial_of<T>(a, s, at, schedule.cta, 1 - s.call.rank), T::kBytes, &h->arrived);
+    const std::byte* partial = partial_of<T>(a, s, at, schedule.cta, 1 - s.call.rank);
+    for (int warp = 0; warp < T::kMathWarps; warp++) {
+      copy_in(staging + warp * T::kStagingWarp, partial + warp * T::kWarpBytes, T::kWarpBytes, &h->arrived);
+    }
   }
 
   // The closing barrier, CTA c with CTA c of the peers: nobody's sums come any more, nobody reads partials.
@@ -233,16 +263,17 @@ struct PrefillMover {
     return true;
   }
 
-  // A piece of the rows of y, to every other rank. A lane a row.
+  // A piece of the rows of y, to every other rank, and between two ranks to this one's too. A lane a row.
   __device__ __forceinline__ void send_rows(const PrefillPlace& at, int piece) const {
     constexpr int kRows = T::kTileM / kPieces;
     const int bytes = 2 * min(T::kTileN, a.n - at.column);
     if (T::kClusterN > 1 && bytes <= 0) return;
-    for (int i = lane; i < kRows * (s.call.world_size - 1); i += kWarp) {
+    const int copies = T::kTwoRanks ? 2 : s.call.world_size - 1;
+    for (int i = lane; i < kRows * copies; i += kWarp) {
       const int peer = s.peer(1 + i / kRows), row = piece * kRows + i % kRows;
       if (at.token + row >= a.m) continue;
       const size_t place = static_cast<size_t>(at.token + row) * a.n + at.column;
-      copy_out(s.call.window[peer] + h->y[peer] + place * 2, staging + row * T::kTileN * 2, bytes);
+      copy_out(s.call.window[peer] + h->y[peer] + place * 2, staging + row * T::kPitch, bytes);
     }
   }
 };

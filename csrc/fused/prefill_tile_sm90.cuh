@@ -30,6 +30,9 @@ struct PrefillTile {
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
   static constexpr int kBytes = kTileM * kTileN * 2;  // of a tile's result
   static constexpr int kWarpBytes = kBytes / kMathWarps;
+  // A row of sums in staging, between two ranks with a word of 16 bytes behind it: eight rows of a matrix then lie in
+  // other banks. And where a warp's 16 rows lie, or its part of a partial.
+  static constexpr int kPitch = kTileN * 2 + (kTwoRanks ? 16 : 0), kStagingWarp = 16 * kPitch;
   static constexpr int kChunkBytes = 512;                   // 16 a lane: 8 rows x 32 columns
   static constexpr int kChunks = kWarpBytes / kChunkBytes;  // chunk c: rows lane / 4 + 8 (c % 2), columns 32 (c / 2)..
 };
@@ -190,6 +193,23 @@ __device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& 
   wgmma_wait_all();
   stamp(Stamp::multiplied, visit);
   if (before >= 0) release(before);
+}
+
+// The same of a product that the library has made.
+template <class T>
+__device__ __forceinline__ void load_product(const PrefillCuda& a, const PrefillPlace& at, int warp, int lane,
+                                             float (&d)[T::kTileN / 2]) {
+#pragma unroll
+  for (int i = 0; i < T::kTileN / 4; i++) {
+    const int row = at.token + 16 * warp + 8 * (i & 1) + (lane >> 2),
+              column = at.column + 8 * (i >> 1) + 2 * (lane & 3);
+    uint32_t word = 0;
+    if (row < a.m && column < a.n) {
+      const auto* product = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
+      word = *reinterpret_cast<const uint32_t*>(product);
+    }
+    T::Type::unpack(word, &d[2 * i]);
+  }
 }
 
 }  // namespace sglang_symm::device

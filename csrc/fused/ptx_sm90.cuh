@@ -4,6 +4,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "collective/vector_cuda.cuh"
 
 namespace sglang_symm::device {
@@ -124,6 +126,13 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
                : "memory");
   return v;
 }
+// Four 8 x 8 matrices of 16-bit elements, as the MMA leaves them, a word a lane and matrix (transpose_8x8 says which):
+// row r of matrix q goes to the address that lane 8 q + r gives.
+__device__ __forceinline__ void store_matrices(uint32_t to, uint4 v) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
 // A counter that a warp raises for other warps of its CTA: what it did before is seen by who sees the counter.
 __device__ __forceinline__ void raise(uint32_t* counter, uint32_t to) {
   asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(counter)), "r"(to) : "memory");
@@ -148,6 +157,32 @@ __device__ __forceinline__ uint4 load_slot(const void* p) {
                : "l"(p), "l"(kEvictLast)
                : "memory");
   return v;
+}
+
+// ---- two 16-bit numbers a word ----
+
+// Sums, rounded once to nearest even: of two numbers the same bits as a sum in fp32 that is rounded then (a test of
+// tests/cpp/kernels tries all). A NaN is 0x7FFF.
+template <class Type>
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
+  uint32_t sums;
+  if constexpr (std::is_same_v<Type, BFloat16>) {
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
+  } else {
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
+  }
+  return sums;
+}
+// NaN where a or b is NaN, else the larger one.
+template <class Type>
+__device__ __forceinline__ uint32_t larger_or_nan(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  if constexpr (std::is_same_v<Type, BFloat16>) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
+  return larger;
 }
 
 // ---- wgmma ----

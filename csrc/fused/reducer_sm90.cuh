@@ -193,15 +193,20 @@ struct Reducer {
   }
 
   __device__ __forceinline__ uint4 sum(const uint4 (&v)[T::kWorld], const float (&bias)[T::kHalves][2]) const {
+    using Type = typename T::Type;
     uint32_t out[4];
 #pragma unroll
     for (int q = 0; q < 4; q++) {
+      const auto word = [&](int r) { return q == 0 ? v[r].x : q == 1 ? v[r].y : q == 2 ? v[r].z : v[r].w; };
+      if (T::kWorld == 2 && a.bias == nullptr) {
+        out[q] = add_pairs<Type>(word(0), word(1));
+        continue;
+      }
       float total[2];
 #pragma unroll
       for (int r = 0; r < T::kWorld; r++) {
-        const uint32_t word[4] = {v[r].x, v[r].y, v[r].z, v[r].w};
         float f[2];
-        T::Type::unpack(word[q], f);
+        Type::unpack(word(r), f);
         total[0] = r == 0 ? f[0] : __fadd_rn(total[0], f[0]);
         total[1] = r == 0 ? f[1] : __fadd_rn(total[1], f[1]);
       }
@@ -210,8 +215,11 @@ struct Reducer {
         total[0] = __fadd_rn(total[0], b);
         total[1] = __fadd_rn(total[1], b);
       }
-      out[q] = T::Type::round(total);
-      if (T::Type::has_nan(out[q])) out[q] = T::Type::canonical(out[q]);
+      out[q] = Type::round(total);
+    }
+    if (Type::has_nan(larger_or_nan<Type>(larger_or_nan<Type>(out[0], out[1]), larger_or_nan<Type>(out[2], out[3])))) {
+#pragma unroll
+      for (uint32_t& word : out) word = Type::canonical(word);
     }
     return make_uint4(out[0], out[1], out[2], out[3]);
   }

@@ -117,6 +117,34 @@ def test_real_numbers_are_within_a_rounding_of_each_partial_and_of_the_sum(group
         assert len(set(gather_objects(digest(y)))) == 1
 
 
+@pytest.mark.parametrize("m", [16, 200, 1400])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_any_two_numbers_are_those_of_fp32_rounded_once(group, rank, size, dtype, m):
+    """Bit patterns at random, of numbers whose exponents lie up to 20 apart; a partial is one of them, exactly."""
+    if m <= 64 and size not in (2, 4, 8):
+        pytest.skip("the decode kernel is for 2, 4 and 8 ranks")
+    k, mantissa = 512, 7 if dtype == torch.bfloat16 else 10
+    generator = torch.Generator("cuda").manual_seed(m)
+
+    def draw(most):
+        return torch.randint(0, most, (m, k), generator=generator, device="cuda", dtype=torch.int32)
+
+    base = draw(31) if dtype == torch.float16 else 40 + draw(200)
+    xs = []
+    for _ in range(size):
+        exponent = (base - draw(20)).clamp(min=0)
+        bits = draw(2) << 15 | exponent << mantissa | draw(1 << mantissa)
+        xs.append(bits.to(torch.int16).view(dtype))
+    w = torch.nn.functional.one_hot(torch.arange(WIDE, device="cuda") % k, k).to(dtype)
+    total = xs[0].float() + 0.0  # no partial is -0
+    for x in xs[1:]:
+        total = total + (x.float() + 0.0)
+    want = total.to(dtype)[:, torch.arange(WIDE, device="cuda") % k]
+    y = linear(xs[rank], w, None, group)
+    assert torch.equal(y.isnan(), want.isnan())
+    assert same(y.nan_to_num(), want.nan_to_num())
+
+
 def test_not_a_number_and_infinity_come_out_as_themselves(group, rank, size):
     for m in (200, 1024):
         case = Case(size, m, WIDE, 128, torch.bfloat16, seed=m, bias=True)

@@ -6,6 +6,7 @@
 
 #include "fused/decode_cuda.h"
 #include "fused/prefill_cuda.h"
+#include "fused/ptx_sm90.cuh"
 #include "gpus.h"
 
 namespace sglang_symm::testing {
@@ -310,6 +311,44 @@ int any(std::initializer_list<int> of, std::mt19937_64& random) {
 }
 
 // ---- bits ----
+
+// Of two bfloat16 numbers all that matters: mantissas, signs, how far the exponents lie apart, and both ends of their
+// range; of float16, which has more, numbers at random with exponents near to each other.
+template <class Type, class Numbers>
+int sums_that_differ(const Numbers& numbers) {
+  int wrong = 0;
+  numbers([&](uint16_t a, uint16_t b) {
+    const float sum[2] = {Type::load(a) + Type::load(b), 0};
+    wrong += device::add_pairs<Type>(a, b) != Type::round(sum);
+  });
+  return wrong;
+}
+
+TEST(FusedCuda, ASumThatIsRoundedOnceHasTheBitsOfOneInFp32ThatIsRoundedThen) {
+  EXPECT_EQ(sums_that_differ<device::BFloat16>([](const auto& check) {
+              for (const int larger : {0, 1, 40, 254, 255}) {
+                for (int gap = 0; gap <= std::min(larger, 40); gap++) {
+                  for (int i = 0; i < 2 * 128 * 128; i++) {
+                    const int a = larger << 7 | (i & 127), b = (larger - gap) << 7 | (i >> 7 & 127) | (i >> 14) << 15;
+                    check(static_cast<uint16_t>(a), static_cast<uint16_t>(b));
+                  }
+                }
+              }
+            }),
+            0);
+  std::mt19937_64 random(1);
+  EXPECT_EQ(sums_that_differ<device::Float16>([&](const auto& check) {
+              for (int a = 0; a < 0x8000; a++) {
+                for (int gap = 0; gap <= std::min(a >> 10, 14); gap++) {
+                  for (int i = 0; i < 8; i++) {
+                    const auto b = static_cast<int>(random() % 1024 | (random() & 0x8000));
+                    check(static_cast<uint16_t>(a), static_cast<uint16_t>(b | ((a >> 10) - gap) << 10));
+                  }
+                }
+              }
+            }),
+            0);
+}
 
 TEST(FusedCuda, DecodeGivesTheBitsOfTheSumOfRoundedProducts) {
   for (uint64_t seed = 0; seed < seeds(1); seed++) {

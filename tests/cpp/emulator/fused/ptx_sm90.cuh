@@ -73,6 +73,16 @@ inline uint4 load_shared(uint32_t from) {
   std::memcpy(&v, emulator::shared_at(*emulator::self().cta, from, sizeof v), sizeof v);
   return v;
 }
+inline void store_matrices(uint32_t to, uint4 v) {
+  const unsigned lane = emulator::self().thread % emulator::kWarp;
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  uint32_t row[4] = {};
+  for (unsigned matrix = 0; matrix < 4; matrix++) {
+    const uint32_t* all = emulator::exchange(words[matrix]);
+    if (lane / 8 == matrix) std::copy_n(all + 4 * (lane % 8), 4, row);
+  }
+  emulator::store_shared(to, row, sizeof row);
+}
 inline void raise(uint32_t* counter, uint32_t to) {
   if (emulator::Machine::now().draw(4) == 0) emulator::yield();
   *counter = to;
@@ -86,6 +96,36 @@ inline void store_slot(void* p, uint4 v) {
 }
 inline uint4 load_slot(const void* p) {
   return load_sys(p);
+}
+
+// Rounded once: the sum in double is exact, or so near to the larger one that it rounds to it.
+template <class Type>
+uint32_t add_halves(uint16_t a, uint16_t b) {
+  constexpr bool kWide = std::is_same_v<Type, BFloat16>;
+  constexpr int kDigits = kWide ? 8 : 11, kLeast = kWide ? -133 : -24;
+  const double sum = static_cast<double>(Type::load(a)) + static_cast<double>(Type::load(b));
+  if (sum != sum) return 0x7FFF;
+  int exponent = 0;
+  std::frexp(sum, &exponent);
+  const int step = std::max(exponent - kDigits, kLeast);
+  const bool finite = !std::isinf(sum) && sum != 0;
+  const auto f = static_cast<float>(finite ? std::ldexp(std::nearbyint(std::ldexp(sum, -step)), step) : sum);
+  const float pair[2] = {f, f};  // exact, or infinite
+  return Type::round(pair) & 0xFFFF;
+}
+template <class Type>
+uint32_t add_pairs(uint32_t a, uint32_t b) {
+  return add_halves<Type>(static_cast<uint16_t>(a), static_cast<uint16_t>(b)) |
+         add_halves<Type>(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16)) << 16;
+}
+template <class Type>
+uint32_t larger_or_nan(uint32_t a, uint32_t b) {
+  const auto half = [](uint16_t x, uint16_t y) -> uint32_t {
+    const float f = Type::load(x), g = Type::load(y);
+    return f != f || g != g ? 0x7FFF : f > g ? x : y;
+  };
+  return half(static_cast<uint16_t>(a), static_cast<uint16_t>(b)) |
+         half(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16)) << 16;
 }
 
 inline void wgmma_fence() {}
