@@ -35,16 +35,21 @@ __device__ __forceinline__ uint32_t* flag_of(const PrefillCuda& a, const Session
   return reinterpret_cast<uint32_t*>(s.call.window[at.owner] + a.slots + s.parity() * a.slot_bytes) + flag;
 }
 
-// A warp's rows in staging: every NaN becomes the one that sums have.
+// A warp's 16 rows of sums, in staging: every NaN becomes the one that sums have, and they go to this rank's y. A
+// function of its own: inlined, it takes registers from the accumulators.
 template <class T>
-__device__ __noinline__ void make_canonical(uint32_t rows, int lane) {
-  __syncwarp();
-#pragma unroll 1
-  for (int i = lane; i < 16 * T::kTileN / 8; i += kWarp) {
-    const uint32_t word = rows + i / (T::kTileN / 8) * T::kPitch + i % (T::kTileN / 8) * 16;
-    store_shared(word, PrefillEpilogue<T>::canonical(load_shared(word)));
+__device__ __noinline__ void store_own_rows(const PrefillCuda& a, int token, int column, uint32_t rows, bool has_nan,
+                                            int lane) {
+  static_assert(T::kTileN / 8 == kWarp);  // a row is 16 bytes a lane
+  const int n = column + 8 * lane;
+  auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(token) * a.n + n;
+#pragma unroll 4
+  for (int row = 0; row < 16; row++) {
+    const uint32_t word = rows + row * T::kPitch + lane * 16;
+    uint4 v = load_shared(word);
+    if (has_nan) store_shared(word, v = PrefillEpilogue<T>::canonical(v));
+    if (token + row < a.m && n < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n) = v;
   }
-  __syncwarp();
 }
 
 // A math warp: its part of tile `visit` goes to staging, as a partial for its owner or as summed rows of y. own: how
@@ -83,7 +88,8 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
     for (int c = 0; c < T::kChunks; c++) {
       store_matrices(part + (8 * (c & 1) + (lane & 7)) * T::kPitch + 64 * (c >> 1) + 16 * (lane >> 3), sums[c]);
     }
-    if (__any_sync(kAllLanes, Type::has_nan(nan))) make_canonical<T>(part, lane);
+    const bool has_nan = __any_sync(kAllLanes, Type::has_nan(nan)) != 0;
+    store_own_rows<T>(a, at.token + 16 * warp, at.column, part, has_nan, lane);
   } else {
     barrier_wait(&h->arrived, own & 1);
     stamp(Stamp::may_store, visit);
@@ -138,9 +144,7 @@ struct PrefillMover {
   // Whether all that was waited for came.
   __device__ __forceinline__ bool move(bool fine) const {
     const int visits = schedule.visits();
-    if (lane < s.call.world_size) {
-      h->y[lane] = lane == s.call.rank ? s.call.offset_out : offset_out(s.own()->header[s.parity()][lane]);
-    }
+    if (lane < s.call.world_size) h->y[lane] = offset_out(s.own()->header[s.parity()][lane]);
     __syncwarp();
 #pragma unroll 1
     for (int visit = 0; visit < visits; visit++) {
@@ -263,13 +267,14 @@ struct PrefillMover {
     return true;
   }
 
-  // A piece of the rows of y, to every other rank, and between two ranks to this one's too. A lane a row.
+  // A piece of the rows of y, to every other rank. A lane a row: 70 ns of the copy engine each, so this rank's own
+  // rows are not its work.
   __device__ __forceinline__ void send_rows(const PrefillPlace& at, int piece) const {
     constexpr int kRows = T::kTileM / kPieces;
     const int bytes = 2 * min(T::kTileN, a.n - at.column);
     if (T::kClusterN > 1 && bytes <= 0) return;
-    const int copies = T::kTwoRanks ? 2 : s.call.world_size - 1;
-    for (int i = lane; i < kRows * copies; i += kWarp) {
+    const int peers = T::kTwoRanks ? 1 : s.call.world_size - 1;
+    for (int i = lane; i < kRows * peers; i += kWarp) {
       const int peer = s.peer(1 + i / kRows), row = piece * kRows + i % kRows;
       if (at.token + row >= a.m) continue;
       const size_t place = static_cast<size_t>(at.token + row) * a.n + at.column;
