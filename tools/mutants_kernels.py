@@ -390,6 +390,22 @@ MUTANTS = [
         "FusedCuda.AMissingRank*",
         (PREFILL,),
     ),
+    KernelMutant(
+        "prefill: a sum's NaN stays as the instruction made it",
+        MOVER,
+        "if (has_nan) store_shared(word, v = PrefillEpilogue<T>::canonical(v));",
+        "(void)has_nan;",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill: sums go to the peer, and not to this rank's y",
+        MOVER,
+        "    store_own_rows<T>(a, at.token + 16 * warp, at.column, part, has_nan, lane);\n",
+        "",
+        FUSED_PREFILL,
+        (PREFILL,),
+    ),
 ]
 
 

@@ -126,7 +126,7 @@ __device__ __forceinline__ void load_product(const DecodeCuda& a, int tile, int 
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
+__global__ void __maxnreg__(T::kRegisters)
     decode(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
            const __grid_constant__ DecodeCuda a) {
   std::byte* const memory = dynamic_shared_memory();

@@ -27,11 +27,22 @@ struct PrefillEpilogue {
   const Session& s;
   int warp, lane;  // warp: of 8, 16 tokens each
 
-  // The rounded partial of chunk c.
-  static __device__ __forceinline__ uint4 chunk(const Accumulators& d, int c) {
-    const int j = 4 * (c >> 1), h = 2 * (c & 1);
-    return make_uint4(T::Type::round(&d[4 * j + h]), T::Type::round(&d[4 * j + 4 + h]),
-                      T::Type::round(&d[4 * j + 8 + h]), T::Type::round(&d[4 * j + 12 + h]));
+  // The rounded partial, of the accumulators or of a product that the library has made. The library may round to any
+  // NaN, also to one that makes the sentinel. Accumulators that two branches write would make ptxas wait after each
+  // MMA.
+  using Rounded = uint4[T::kChunks];
+  __device__ __forceinline__ void round(const PrefillPlace& at, const Accumulators& d, Rounded& own) const {
+    if (a.partial == nullptr) {
+#pragma unroll
+      for (int c = 0; c < T::kChunks; c++) {
+        const int j = 4 * (c >> 1), h = 2 * (c & 1);
+        own[c] = make_uint4(T::Type::round(&d[4 * j + h]), T::Type::round(&d[4 * j + 4 + h]),
+                            T::Type::round(&d[4 * j + 8 + h]), T::Type::round(&d[4 * j + 12 + h]));
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < T::kChunks; c++) own[c] = sendable<typename T::Type>(product(at, c));
+    }
   }
   __device__ __forceinline__ int token(const PrefillPlace& at, int c) const {
     return at.token + 16 * warp + 8 * (c & 1) + (lane >> 2);
@@ -124,6 +135,18 @@ struct PrefillEpilogue {
     if (a.bias != nullptr) add_bias(at.column + 32 * (c >> 1), total);
     return make_uint4(Type::round(&total[0]), Type::round(&total[2]), Type::round(&total[4]), Type::round(&total[6]));
   }
+  __device__ __forceinline__ uint4 product(const PrefillPlace& at, int c) const {
+    uint32_t word[4] = {};
+    const int row = token(at, c);
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const int column = at.column + 32 * (c >> 1) + 8 * q + 2 * (lane & 3);
+      if (row >= a.m || column >= a.n) continue;
+      const auto* words = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
+      word[q] = *reinterpret_cast<const uint32_t*>(words);
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+  }
   __device__ __forceinline__ void add_bias(int column, float (&total)[8]) const {
 #pragma unroll
     for (int q = 0; q < 4; q++) {
@@ -154,8 +177,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
   const auto comes = [&](int c) { return end.token(at, c) < a.m; };
   // Rounded once, in half of the accumulators' registers: all are needed behind waits.
   uint4 own[T::kChunks];
-#pragma unroll
-  for (int c = 0; c < T::kChunks; c++) own[c] = end.chunk(d, c);
+  end.round(at, d, own);
   if (s.alive) {
 #pragma unroll
     for (int c = 0; c < T::kChunks; c++) {

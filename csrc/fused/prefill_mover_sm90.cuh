@@ -62,12 +62,14 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
   constexpr int kBatch = PrefillEpilogue<T>::kBatch;
   const uint32_t part = staging + warp * T::kStagingWarp;  // this warp's
   const auto fragment = [&](int c) { return part + c * T::kChunkBytes + lane * 16; };
-  const auto mine = [&](int c) { return end.chunk(d, c); };
+  uint4 rounded[T::kChunks];
+  end.round(at, d, rounded);
+  const auto mine = [&](int c) { return rounded[c]; };
   if (at.owner != s.call.rank) {
     wait_raised(&h->freed, visit);
     stamp(Stamp::may_store, visit);
 #pragma unroll
-    for (int c = 0; c < T::kChunks; c++) store_shared(fragment(c), mine(c));
+    for (int c = 0; c < T::kChunks; c++) store_shared(fragment(c), rounded[c]);
   } else if constexpr (T::kTwoRanks) {
     barrier_wait(&h->arrived, own & 1);
     stamp(Stamp::may_store, visit);
@@ -89,6 +91,7 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
       store_matrices(part + (8 * (c & 1) + (lane & 7)) * T::kPitch + 64 * (c >> 1) + 16 * (lane >> 3), sums[c]);
     }
     const bool has_nan = __any_sync(kAllLanes, Type::has_nan(nan)) != 0;
+    __syncwarp();
     store_own_rows<T>(a, at.token + 16 * warp, at.column, part, has_nan, lane);
   } else {
     barrier_wait(&h->arrived, own & 1);

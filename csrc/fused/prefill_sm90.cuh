@@ -120,11 +120,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace place = schedule.place(visit);
       float d[T::kTileN / 2];
-      if (a.partial == nullptr) {
-        multiply_tile<T>(a, ring, schedule.corner(), visit, warp / 4, lane, &at, d);
-      } else {
-        load_product<T>(a, place, warp, lane, d);
-      }
+      multiply_tile<T>(a, ring, schedule.corner(), visit, warp / 4, lane, &at, d);
       if constexpr (T::kOneShot) {
         const auto wait = [&](const auto& ready, const uint32_t& missing) { return wait_together(s, ready, missing); };
         fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, wait, d);

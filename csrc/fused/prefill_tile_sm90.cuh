@@ -195,21 +195,4 @@ __device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& 
   if (before >= 0) release(before);
 }
 
-// The same of a product that the library has made.
-template <class T>
-__device__ __forceinline__ void load_product(const PrefillCuda& a, const PrefillPlace& at, int warp, int lane,
-                                             float (&d)[T::kTileN / 2]) {
-#pragma unroll
-  for (int i = 0; i < T::kTileN / 4; i++) {
-    const int row = at.token + 16 * warp + 8 * (i & 1) + (lane >> 2),
-              column = at.column + 8 * (i >> 1) + 2 * (lane & 3);
-    uint32_t word = 0;
-    if (row < a.m && column < a.n) {
-      const auto* product = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
-      word = *reinterpret_cast<const uint32_t*>(product);
-    }
-    T::Type::unpack(word, &d[2 * i]);
-  }
-}
-
 }  // namespace sglang_symm::device

@@ -15,8 +15,8 @@ namespace sglang_symm::device {
 
 template <class T>
 struct Reducer {
-  // Chunks that are under way together: as many loads as registers allow.
-  static constexpr int kBatch = 8 / T::kWorld < T::kGroupChunks ? 8 / T::kWorld : T::kGroupChunks;
+  // Chunks that are under way together: as many loads as registers allow (T::kRegisters).
+  static constexpr int kBatch = T::kWorld == 2 && T::kGroupChunks >= 4 ? 4 : 1;
 
   const DecodeCuda& a;
   const Session& s;
