@@ -69,8 +69,10 @@ def main() -> None:
     parser.add_argument("--ops", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("all_reduce_norm_cuda: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
     rank = int(os.environ["RANK"])
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     ops, world = torch.ops.sglang_symm, dist.group.WORLD.group_name
     group = Group(device="cuda")

@@ -430,6 +430,8 @@ def main() -> int:
     args = parser.parse_args()
     faulthandler.enable()  # SIGABRT and SIGSEGV print the stacks of all threads
     faulthandler.register(signal.SIGTERM, chain=True)
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("llama_decode: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
     progress = Progress(int(os.environ["RANK"]), args.stage_seconds)
     try:
         run(args, progress)

@@ -278,6 +278,8 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16, for `limit`")
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("row_parallel_linear: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     shared = size > torch.cuda.device_count()
