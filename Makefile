@@ -63,7 +63,7 @@ cuda-build: $(STAMPS)/torch ## the library with CUDA, warnings as errors, loaded
 ifeq ($(filter %.cu,$(SOURCES)),)
 	@echo "cuda-build: this version has no CUDA sources"
 else
-	@mkdir -p build
+	@mkdir -p build && rm -f build/torch-*/csrc/fused/*_sm90.o # ptxas speaks when it compiles
 	SGLANG_SYMM_CUDA=1 SGLANG_SYMM_WERROR=1 $(PY) setup.py --quiet build_ext --build-lib build/cuda 2>&1 | tee build/cuda.log
 	@! grep 'instructions are serialized' build/cuda.log # ptxas only mentions that MMAs wait for one another, a quarter of their speed
 	$(PY) tools/check_library.py build/cuda/sglang_symm/_C.abi3.so --max-mib 8

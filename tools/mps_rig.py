@@ -73,14 +73,15 @@ class GreenContext:
 
 
 def streams_of(context: GreenContext) -> type:
-    """torch.cuda.Stream whose new streams lie in this context, taking turns, as torch's own do from a pool."""
+    """torch.cuda.Stream whose new streams lie in this context, taking turns, as torch's own do from a pool. All have
+    one priority."""
     import torch
 
     addresses = itertools.cycle([context.stream() for _ in range(STREAMS)])
 
     class Stream(torch.cuda.Stream):
         def __new__(cls, device: object = None, priority: int = 0, **address: int) -> Stream:
-            return super().__new__(cls, device, priority, **(address or {"stream_ptr": next(addresses)}))
+            return super().__new__(cls, device, **(address or {"stream_ptr": next(addresses)}))
 
     return Stream
 
@@ -95,7 +96,7 @@ def run_rank(program: list[str]) -> None:
     context = GreenContext(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sms)
     # Outside of the context a kernel takes SMs of other ranks, and those that wait for them cannot start.
     torch.cuda.Stream = streams_of(context)  # type: ignore[misc]
-    torch.cuda.set_stream(torch.cuda.Stream())
+    torch.cuda.set_stream(torch.cuda.ExternalStream(context.stream()))
     sys.path.insert(0, os.getcwd())
     if program[0] == "-m":
         sys.argv = program[1:]

@@ -262,8 +262,8 @@ MUTANTS = [
     KernelMutant(
         "prefill, one-shot: a product of the library's may be the sentinel",
         "fused/prefill_epilogue_sm90.cuh",
-        "if (a.partial != nullptr) own[c] = sendable<typename T::Type>(own[c]);",
-        "",
+        "own[c] = sendable<typename T::Type>(product(at, c));",
+        "own[c] = product(at, c);",
         "FusedCuda.PrefillOneShot*",
         (PREFILL,),
     ),

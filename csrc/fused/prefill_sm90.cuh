@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   bool fine = s.alive;
   if (warp >= T::kMathWarps) {
-    if constexpr (T::kMovesRegisters) give_registers<T::kOtherRegisters>();
     if (produces) producer.stream();
     if (warp == T::kMover) {
       // In two-shot every CTA needs the places of its peers' y.
@@ -107,12 +106,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       if constexpr (!T::kOneShot) fine = PrefillMover<T>{a, s, schedule, staging, &handover, lane}.move(fine);
     }
     __syncwarp();
-    if constexpr (T::kMovesRegisters) {
-      meet_warpgroup();
-      take_registers<T::kRegisters>();
-    }
   } else {
-    if constexpr (T::kMovesRegisters) take_registers<T::kMathRegisters>();
     Position at;
     int own = 0;
     const int visits = schedule.visits();
@@ -130,10 +124,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         hand_over<T>(a, s, place, schedule.cta, visit, own, warp, lane, staging, &handover, d);
         own += place.owner == s.call.rank ? 1 : 0;
       }
-    }
-    if constexpr (T::kMovesRegisters) {
-      meet_warpgroup();
-      give_registers<T::kRegisters>();
     }
   }
   cluster_sync();  // no CTA leaves while the other one still arrives at its barriers

@@ -22,9 +22,6 @@ struct PrefillTile {
   static constexpr int kFetchedTokens = kTileM / kClusterN, kFetchedRows = kTileN / kClusterM;
   static constexpr int kSharers = kClusterM + kClusterN - 1;  // CTAs that read any of it, itself among them
   static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kThreads = 12 * kWarp;
-  // A thread's: as launched; wide tiles: a math warp's, another warp's.
-  static constexpr bool kMovesRegisters = kTileN > 128;
-  static constexpr int kRegisters = 168, kMathRegisters = 232, kOtherRegisters = 40;
   static constexpr int kRowBytes = kBoxColumns * 2;
   static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;

@@ -161,8 +161,9 @@ __device__ __forceinline__ uint4 load_slot(const void* p) {
 
 // ---- two 16-bit numbers a word ----
 
-// Sums, rounded once to nearest even: of two numbers the same bits as a sum in fp32 that is rounded then (a test of
-// tests/cpp/kernels tries all). A NaN is 0x7FFF.
+// Sums, rounded once to nearest even: of two numbers the same bits as a sum in fp32 that is rounded then, since fp32
+// has 24 digits, 2 more than twice as many as they (tests of tests/cpp/kernels for the formula, of tests/gpu for this).
+// A NaN is 0x7FFF.
 template <class Type>
 __device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
   uint32_t sums;
@@ -266,22 +267,6 @@ SGLANG_SYMM_WGMMA(BFloat16, "bf16");
 SGLANG_SYMM_WGMMA(Float16, "f16");
 #undef SGLANG_SYMM_WGMMA
 #undef SGLANG_SYMM_D8
-
-// ---- registers ----
-
-// Whole warpgroups give registers up and take them: accumulators of 256 columns fit no even share. Between two such
-// changes the warps of a group must meet.
-__device__ __forceinline__ void meet_warpgroup() {
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
-}
-template <int Registers>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
-}
-template <int Registers>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
-}
 
 // ---- fragments ----
 

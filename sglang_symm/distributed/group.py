@@ -360,7 +360,7 @@ class Group:
 
     @property
     def capturable(self) -> bool:
-        """Whether CUDA graphs can hold its calls: not when Gloo serves them, whose collectives run on the host."""
+        """Whether CUDA graphs can hold its native calls, or NCCL's: not Gloo's, whose collectives run on the host."""
         if self.world_size == 1 or self.communicator == SYMM:
             return True
         return self.device.type == "cuda" and not self._process_group_on_host()

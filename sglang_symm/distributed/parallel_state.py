@@ -295,7 +295,7 @@ def initialize_model_parallel(
         tensor_model_parallel_size: divides the world size; consecutive ranks form a TP group.
         attention_data_parallel_size: divides it; attention-TP is the quotient.
         device: ``cpu``, or ``cuda`` for the GPU of LOCAL_RANK. backend: of the process groups; default ``gloo`` on
-            CPU and where ranks share a GPU (NCCL refuses them), both else.
+            CPU and where tools/mps_rig.py lets ranks share a GPU (NCCL refuses them), both else.
         settings: arena_bytes, timeout, first_timeout, algo, pinned, strict, tables, nccl of every group; see
             Group.
 
@@ -388,9 +388,11 @@ def _local_device(device: torch.device | str) -> torch.device:
 
 
 def _default_backend(device: torch.device) -> str:
-    if device.type == "cpu" or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
-        return "gloo"
-    return "cpu:gloo,cuda:nccl"
+    # tools/mps_rig.py sets both. A launcher may show each rank its own GPU alone, so their number does not tell.
+    shares = (
+        "SGLANG_SYMM_SMS" in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    )
+    return "gloo" if device.type == "cpu" or shares else "cpu:gloo,cuda:nccl"
 
 
 def _whole(name: str, value: Any) -> int:

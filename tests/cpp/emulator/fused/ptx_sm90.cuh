@@ -143,15 +143,6 @@ struct Wgmma {
   static void add(float (&d)[N / 2], uint64_t a, uint64_t b) { emulator::multiply(d, N, a, b, &Type::load); }
 };
 
-inline void meet_warpgroup() {
-  emulator::Fiber& fiber = emulator::self();
-  emulator::sync(fiber.cta->named[1 + fiber.thread / 128], 128);
-}
-template <int Registers>
-inline void give_registers() {}
-template <int Registers>
-inline void take_registers() {}
-
 inline uint32_t transpose_8x8(uint32_t word) {
   const uint32_t* all = emulator::exchange(word);
   const unsigned lane = emulator::self().thread % emulator::kWarp, row = lane / 4, column = 2 * (lane % 4);
