@@ -330,8 +330,9 @@ MUTANTS = [
         "fused/prefill_epilogue_sm90.cuh",
         "a.slot_bytes + a.pushed + tile",
         "a.slot_bytes + tile",
-        FUSED_PREFILL,
+        "FusedCuda.PrefillTwoShotWithTheLastVisit*",
         (PREFILL,),
+        seeds=40,
     ),
     KernelMutant(
         "prefill, last tiles: their order is turned by rank as the others'",
