@@ -23,6 +23,7 @@ import torch.distributed._symmetric_memory as symm_mem
 import torch.nn.functional as F
 
 from sglang_symm.distributed.group import Group
+from sglang_symm.distributed.launch import require_launcher
 
 EPS = 1e-5
 Function = Callable[[], Any]
@@ -69,8 +70,7 @@ def main() -> None:
     parser.add_argument("--ops", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        raise SystemExit("all_reduce_norm_cuda: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
+    require_launcher("all_reduce_norm_cuda")
     rank = int(os.environ["RANK"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from row_parallel_linear import COPIES, matrix
 
 from sglang_symm.distributed.group import Group
+from sglang_symm.distributed.launch import require_launcher
 
 OF_THE_CALL = ("previous_ended", "close_begins", "close_ends", "end")
 # What a warp does between two of its stamps.
@@ -130,8 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     if not hasattr(torch.ops.sglang_symm, "_prefill_trace"):
         raise SystemExit("prefill_trace: this library writes no stamps. Build it with SGLANG_SYMM_TRACE=1")
-    if "LOCAL_RANK" not in os.environ:
-        raise SystemExit("prefill_trace: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
+    require_launcher("prefill_trace")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

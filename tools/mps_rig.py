@@ -114,6 +114,10 @@ def start_mps(folder: str) -> bool:
     os.environ.setdefault("CUDA_MPS_LOG_DIRECTORY", folder)
     if Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"], "control").exists():
         return False
+    if not Path(MPS).exists():
+        raise SystemExit(
+            f"mps_rig: expected nvidia-cuda-mps-control on the PATH or as {MPS}, found neither: no driver?"
+        )
     subprocess.run([MPS, "-d"], check=True)
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # MPS numbers the GPUs that it sees
     return True

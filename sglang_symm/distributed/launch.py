@@ -36,6 +36,12 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def require_launcher(program: str) -> None:
+    """Ends a program of ranks that no launcher has started, and says how it is started."""
+    if not under_launcher() or "LOCAL_RANK" not in os.environ:
+        raise SystemExit(f"{program}: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
+
+
 def host_store(timeout: float = 600.0) -> dist.TCPStore:
     """A store on a free port of this host. It lives in the caller, so it survives every rank."""
     return dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))

