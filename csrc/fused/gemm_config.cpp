@@ -167,8 +167,8 @@ int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int wo
 size_t shared_bytes(const PrefillConfig& c) {
   constexpr int kTokens = kPrefillTokens / 2, kRow = 2 * kBoxColumns, kAlignment = 1024;
   const int rows = rows_of_cta(c);
-  const int pitch = rows * 2 + (is_for_two_ranks(c.one_shot, rows) ? 16 : 0);  // of rows of sums, see PrefillTile
-  const int stages = c.stages * (kTokens + rows) * kRow, staging = c.one_shot ? 0 : kTokens * pitch;
+  const int stages = c.stages * (kTokens + rows) * kRow;
+  const int staging = c.one_shot ? 0 : kTokens * sums_pitch(c.one_shot, rows);
   return static_cast<size_t>(stages + staging + kAlignment);
 }
 

@@ -62,6 +62,11 @@ constexpr int rows_of_cta(const PrefillConfig& c) {
 constexpr bool is_for_two_ranks(bool one_shot, int rows_of_cta) {
   return one_shot || rows_of_cta > 128;
 }
+// Bytes from a row of sums to the next in shared memory. Between two ranks 16 lie between them: the rows of an 8 x 8
+// matrix are then in other banks.
+constexpr int sums_pitch(bool one_shot, int rows_of_cta) {
+  return 2 * rows_of_cta + (is_for_two_ranks(one_shot, rows_of_cta) ? 16 : 0);
+}
 
 // Nothing when the decode kernel does not take this shape. tile_n, tile_m and tiles say where a partial lies in a slot,
 // so they depend on nothing but m, n and world_size, which all ranks know to be equal; the rest is a rank's own.

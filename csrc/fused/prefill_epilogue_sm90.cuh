@@ -52,11 +52,11 @@ struct PrefillEpilogue {
     return static_cast<size_t>(warp * T::kWarpBytes + c * T::kChunkBytes + lane * 16);
   }
 
-  // own(c): this rank's rounded partial of chunk c; load(r, c, v): rank r's words of chunks c .. c + kBatch - 1;
+  // own: this rank's rounded partial; load(r, c, v): rank r's words of chunks c .. c + kBatch - 1;
   // store(c, v): the sums as the MMA leaves them, whose NaN is any. Of two ranks a + b is b + a. Without a bias an
   // instruction a word is all: a CTA's tensor cores idle meanwhile, and code that is run once comes from L2.
-  template <class Own, class Load, class Store>
-  __device__ __forceinline__ void sum_of_two(const PrefillPlace& at, const Own& own, const Load& load,
+  template <class Load, class Store>
+  __device__ __forceinline__ void sum_of_two(const PrefillPlace& at, const Rounded& own, const Load& load,
                                              const Store& store) const {
     const auto of_all = [&](const auto& add) {
 #pragma unroll
@@ -64,7 +64,7 @@ struct PrefillEpilogue {
         uint4 v[kBatch] = {};
         load(1 - s.call.rank, first, v);
 #pragma unroll
-        for (int b = 0; b < kBatch; b++) store(first + b, add(first + b, own(first + b), v[b]));
+        for (int b = 0; b < kBatch; b++) store(first + b, add(first + b, own[first + b], v[b]));
       }
     };
     using Type = typename T::Type;
@@ -84,8 +84,8 @@ struct PrefillEpilogue {
       });
     }
   }
-  template <class Own, class Load, class Store>
-  __device__ __forceinline__ void sum_of_many(const PrefillPlace& at, const Own& own, const Load& load,
+  template <class Load, class Store>
+  __device__ __forceinline__ void sum_of_many(const PrefillPlace& at, const Rounded& own, const Load& load,
                                               const Store& store) const {
 #pragma unroll
     for (int first = 0; first < T::kChunks; first += kBatch) {
@@ -95,7 +95,7 @@ struct PrefillEpilogue {
         uint4 v[kBatch] = {};
         if (r == s.call.rank) {
 #pragma unroll
-          for (int b = 0; b < kBatch; b++) v[b] = own(first + b);
+          for (int b = 0; b < kBatch; b++) v[b] = own[first + b];
         } else {
           load(r, first, v);
         }
@@ -176,7 +176,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
   };
   const auto comes = [&](int c) { return end.token(at, c) < a.m; };
   // Rounded once, in half of the accumulators' registers: all are needed behind waits.
-  uint4 own[T::kChunks];
+  typename PrefillEpilogue<T>::Rounded own;
   end.round(at, d, own);
   if (s.alive) {
 #pragma unroll
@@ -215,8 +215,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
     v = fine ? end.rows(v) : all_bits_set();
     if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
   };
-  const auto mine = [&](int c) { return own[c]; };
-  end.sum_of_two(at, mine, load, store);
+  end.sum_of_two(at, own, load, store);
   stamp(Stamp::summed, visit);
   return fine;
 }

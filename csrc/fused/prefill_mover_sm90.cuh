@@ -62,9 +62,8 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
   constexpr int kBatch = PrefillEpilogue<T>::kBatch;
   const uint32_t part = staging + warp * T::kStagingWarp;  // this warp's
   const auto fragment = [&](int c) { return part + c * T::kChunkBytes + lane * 16; };
-  uint4 rounded[T::kChunks];
+  typename PrefillEpilogue<T>::Rounded rounded;
   end.round(at, d, rounded);
-  const auto mine = [&](int c) { return rounded[c]; };
   if (at.owner != s.call.rank) {
     wait_raised(&h->freed, visit);
     stamp(Stamp::may_store, visit);
@@ -81,7 +80,7 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
 #pragma unroll
       for (int b = 0; b < kBatch; b++) v[b] = load_shared(fragment(c + b));
     };
-    end.sum_of_two(at, mine, load, [&](int c, uint4 v) {
+    end.sum_of_two(at, rounded, load, [&](int c, uint4 v) {
       sums[c] = v;
       nan = larger_or_nan<Type>(nan, larger_or_nan<Type>(larger_or_nan<Type>(v.x, v.y), larger_or_nan<Type>(v.z, v.w)));
     });
@@ -109,7 +108,7 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
 #pragma unroll
       for (int b = 0; b < kBatch; b++) v[b] = load_sys(static_cast<const void*>(partial + end.within(c + b)));
     };
-    end.sum_of_many(at, mine, load, store);
+    end.sum_of_many(at, rounded, load, store);
   }
   fence_for_copies();
   __syncwarp();

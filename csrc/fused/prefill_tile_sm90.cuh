@@ -27,9 +27,8 @@ struct PrefillTile {
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
   static constexpr int kBytes = kTileM * kTileN * 2;  // of a tile's result
   static constexpr int kWarpBytes = kBytes / kMathWarps;
-  // A row of sums in staging, between two ranks with a word of 16 bytes behind it: eight rows of a matrix then lie in
-  // other banks. And where a warp's 16 rows lie, or its part of a partial.
-  static constexpr int kPitch = kTileN * 2 + (kTwoRanks ? 16 : 0), kStagingWarp = 16 * kPitch;
+  // In staging: from a row of sums to the next; from a warp's 16 rows, or its part of a partial, to the next warp's.
+  static constexpr int kPitch = sums_pitch(OneShot, TileN_), kStagingWarp = 16 * kPitch;
   static constexpr int kChunkBytes = 512;                   // 16 a lane: 8 rows x 32 columns
   static constexpr int kChunks = kWarpBytes / kChunkBytes;  // chunk c: rows lane / 4 + 8 (c % 2), columns 32 (c / 2)..
 };
