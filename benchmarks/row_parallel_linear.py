@@ -43,6 +43,9 @@ from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.launch import require_launcher
 
 COPIES = 4
+ARENA = 1 << 30  # graphs of several ways keep their results at the same time
+# Of a GPU's memory in GB/s: the slope of cuBLAS' time over the weight's bytes.
+BANDWIDTH = {"H100": 2930.0, "H200": 4300.0}
 FOUR, LAST = {"SGLANG_SYMM_PREFILL_CLUSTER": "4"}, {"SGLANG_SYMM_PREFILL_LAST": "one_shot"}
 VARIANTS = {"four": FOUR, "last": LAST, "four+last": FOUR | LAST}
 PEERS = ("nccl", "torch_one_shot", "torch_two_shot")
@@ -60,8 +63,22 @@ class Bench:
         current = torch.cuda.current_stream()
         self.stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
 
-    def time(self, op: Op) -> list[float]:
-        """Microseconds of one op, the slowest rank's, for each repeat; op(i) uses the i-th copy."""
+    def time(self, ops: dict[str, Op]) -> dict[str, list[float]]:
+        """Microseconds of one op, the slowest rank's, for each label and repeat; op(i) uses the i-th copy. Labels take
+        turns, so that a GPU that grows hot or slow does so for all of them."""
+        graphs = {label: self.capture(op) for label, op in ops.items()}
+        times: dict[str, list[float]] = {label: [] for label in ops}
+        with torch.cuda.stream(self.stream):
+            for repeat in range(self.repeats + 3):
+                for label, graph in graphs.items():
+                    us = self.replay(graph)
+                    if repeat >= 3:
+                        times[label].append(us)
+        slowest = torch.tensor(list(times.values()))
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return dict(zip(ops, slowest.tolist(), strict=True))
+
+    def capture(self, op: Op) -> torch.cuda.CUDAGraph:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for i in range(COPIES):
@@ -71,23 +88,19 @@ class Bench:
         with torch.cuda.graph(graph, stream=self.stream):
             for i in range(self.ops):
                 op(i % COPIES)
-        times = []
-        with torch.cuda.stream(self.stream):
-            for repeat in range(self.repeats + 3):
-                dist.barrier(group=self.cpu_group)
-                torch.cuda.synchronize()
-                torch.cuda._sleep(100_000)  # the host gets ahead
-                torch.ops.sglang_symm.barrier(self.token, self.group.unique_name)
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                if repeat >= 3:
-                    times.append(begin.elapsed_time(end) * 1000 / self.ops)
-        slowest = torch.tensor(times)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self.cpu_group)
-        return slowest.tolist()
+        return graph
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> float:
+        dist.barrier(group=self.cpu_group)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(100_000)  # the host gets ahead
+        torch.ops.sglang_symm.barrier(self.token, self.group.unique_name)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1000 / self.ops
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -149,7 +162,7 @@ def make_ops(
 
 def variant_group(label: str, rank: int) -> Group:
     os.environ.update(VARIANTS[label])
-    group = Group(device="cuda", arena_bytes=512 << 20)
+    group = Group(device="cuda", arena_bytes=ARENA)
     for name in VARIANTS[label]:
         del os.environ[name]
     if rank == 0:  # too few clusters of four, and the columns are of clusters of two
@@ -275,20 +288,23 @@ def main() -> None:
         "--variants", nargs="*", choices=VARIANTS, default=[], help="of the prefill kernel, docs/fused.md"
     )
     parser.add_argument("--plot", help="PNG file")
-    parser.add_argument("--bandwidth", type=float, default=2930.0, help="GB/s of memory, for `limit`")
+    parser.add_argument("--bandwidth", type=float, help="GB/s of memory, for `limit`; default: by the GPU's name")
     parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16, for `limit`")
     args = parser.parse_args()
     require_launcher("row_parallel_linear")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if args.bandwidth is None:
+        named = [speed for name, speed in BANDWIDTH.items() if name in torch.cuda.get_device_name()]
+        args.bandwidth = named[0] if named else BANDWIDTH["H100"]
     shared = size > torch.cuda.device_count()
     if shared:
         dist.init_process_group("gloo")
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     else:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    group = Group(device="cuda", arena_bytes=512 << 20)
+    group = Group(device="cuda", arena_bytes=ARENA)
     variants = {label: variant_group(label, rank) for label in args.variants}
     bench = Bench(group, args.ops, args.repeats)
     buffer = symm_mem.empty(max(n for n, _ in args.shapes) * max(args.tokens), dtype=torch.bfloat16, device="cuda")
@@ -298,8 +314,8 @@ def main() -> None:
         for m in args.tokens:
             row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": limit(m, n, k, size, args)}
             fused_before = group.info()["fused_calls"]
-            for label, op in make_ops(m, n, k, group, variants, buffer, not shared).items():
-                row[label] = summary(bench.time(op))
+            times = bench.time(make_ops(m, n, k, group, variants, buffer, not shared))
+            row.update({label: summary(found) for label, found in times.items()})
             row["is_fused"] = group.info()["fused_calls"] > fused_before
             row["ratios"] = ratios(row)
             results.append(row)

@@ -106,4 +106,4 @@ class SymmRowwiseLinear(nn.Linear):
 
 
 def _group_over(mesh: DeviceMesh) -> Group:
-    return existing_group(mesh.get_group()) or Group.from_mesh(mesh)
+    return existing_group(mesh.get_group(), mesh.device_type) or Group.from_mesh(mesh)

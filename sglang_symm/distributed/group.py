@@ -251,9 +251,11 @@ class Group:
         """A group along ``dim`` (name or index) of a DeviceMesh: the ranks whose coordinates differ only there.
 
         Collective among them; ``dim`` may be left out of a one-dimensional mesh. Works through the mesh's process
-        group, and is named after the dimension unless ``name`` is given. Other arguments and errors as in Group.
+        group, on the mesh's type of device, and is named after the dimension unless ``device`` and ``name`` are given.
+        Other arguments and errors as in Group.
         """
         process_group = mesh_process_group(mesh, dim)
+        kwargs.setdefault("device", mesh.device_type)
         if mesh.mesh_dim_names:
             kwargs.setdefault("name", dim if isinstance(dim, str) else mesh.mesh_dim_names[dim or 0])
         return cls(process_group, **kwargs)
@@ -511,10 +513,10 @@ def _tuning_of(device: torch.device, world_size: int, communicator: str, tables:
     return tuning.find(name, world_size, tables)
 
 
-def existing_group(process_group: dist.ProcessGroup, communicator: str = SYMM) -> Group | None:
-    """The first group over this process group, of this communicator, that was not destroyed."""
-    fitting = (g for g in _alive.values() if g.device_group is process_group and g.communicator == communicator)
-    return next(fitting, None)
+def existing_group(process_group: dist.ProcessGroup, device_type: str) -> Group | None:
+    """The first group with symmetric memory over this process group, on such a device, that was not destroyed."""
+    alike = (g for g in _alive.values() if g.device_group is process_group and g.communicator == SYMM)
+    return next((g for g in alike if g.device.type == device_type), None)
 
 
 def group_name(group: Group | str) -> str:
