@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import functools
 import gc
 import json
 import os
@@ -250,12 +251,13 @@ def prefill_graph(model: LlamaForCausalLM, tokens: int, cache: KVCache) -> Any:
         with torch.cuda.graph(graph, stream=stream):
             logits = run()
     torch.cuda.synchronize()
+    return functools.partial(replay_and_give, graph, logits, (ids, batch))
 
-    def replay() -> Tensor:
-        graph.replay()
-        return logits
 
-    return replay
+def replay_and_give(graph: torch.cuda.CUDAGraph, logits: Tensor, reads: Any) -> Tensor:
+    """`reads`: what the graph reads lives as long as it may be replayed, or it would read what came there since."""
+    graph.replay()
+    return logits
 
 
 def measure(

@@ -56,7 +56,8 @@ class _Pools:
         key = (threading.get_ident(), group.unique_name, capture)
         with self.lock:
             if key not in self.pools:
-                self.pools[key] = (group, torch.cuda.MemPool(_allocator().allocator()))
+                with torch.cuda.device(group.device):  # a new thread's is the first GPU, and a pool is its device's
+                    self.pools[key] = (group, torch.cuda.MemPool(_allocator().allocator()))
             return self.pools[key][1]
 
 
