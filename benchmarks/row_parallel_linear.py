@@ -14,11 +14,9 @@ rotate over 4 copies, so that L2 flatters nobody: the median over repeats of the
     fused            row_parallel_linear
     fused_plain      the same without programmatic launch: each kernel starts when the one before has ended
     fused_static     the same with static_weight: the weights are fetched while the op before ends
-    four             with --variants four: fused in a group made under SGLANG_SYMM_PREFILL_CLUSTER=4, where there is a
-                     prefill kernel for so many tokens
-    last             with --variants last: the same under SGLANG_SYMM_PREFILL_LAST=one_shot
-    four+last        with --variants four+last: both
-    four_static ...  the same with static_weight
+    last             with --variants last: fused in a group made under SGLANG_SYMM_PREFILL_LAST=one_shot, where there is
+                     a prefill kernel for so many tokens
+    last_static      the same with static_weight
     limit            the longest of: bytes of w, x and y over --bandwidth (of a GPU's memory), multiplications over
                      --tflops, the bytes that a rank must send over --link; each as measured, or as the vendor says
 """
@@ -46,8 +44,7 @@ COPIES = 4
 ARENA = 1 << 30  # graphs of several ways keep their results at the same time
 # Of a GPU's memory in GB/s: the slope of cuBLAS' time over the weight's bytes.
 BANDWIDTH = {"H100": 2930.0, "H200": 4300.0}
-FOUR, LAST = {"SGLANG_SYMM_PREFILL_CLUSTER": "4"}, {"SGLANG_SYMM_PREFILL_LAST": "one_shot"}
-VARIANTS = {"four": FOUR, "last": LAST, "four+last": FOUR | LAST}
+VARIANTS = {"last": {"SGLANG_SYMM_PREFILL_LAST": "one_shot"}}
 PEERS = ("nccl", "torch_one_shot", "torch_two_shot")
 Op = Callable[[int], Any]
 
@@ -165,7 +162,7 @@ def variant_group(label: str, rank: int) -> Group:
     group = Group(device="cuda", arena_bytes=ARENA)
     for name in VARIANTS[label]:
         del os.environ[name]
-    if rank == 0:  # too few clusters of four, and the columns are of clusters of two
+    if rank == 0:
         print(f"{label}: {group.info()['settings']['agreed']}", flush=True)
     return group
 

@@ -61,7 +61,6 @@ CollectivesCuda::CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> a
       world_size_(world_size),
       layout_(layout),
       max_ctas_(std::min(room.max_ctas, kMaxCtas)),
-      clusters_of_four_(room.clusters_of_four),
       last_one_shot_(room.last_one_shot) {
   const DeviceScope scope(device_);
   for (int r = 0; r < world_size_; r++) call_.window[r] = arena_->window(r);

@@ -15,7 +15,6 @@ namespace sglang_symm {
 // What a grid that waits may fill, so that all of it is resident, and how. The same on all ranks.
 struct RoomCuda {
   int max_ctas;                // the SMs that kernels of this rank may fill
-  int clusters_of_four = 0;    // of the prefill kernel; 0: it shall have none
   bool last_one_shot = false;  // of the prefill kernel, the last visit
 };
 
@@ -45,7 +44,6 @@ class CollectivesCuda : public Collectives {
   const LayoutCuda& layout() const { return layout_; }
   int device() const { return device_; }
   int max_ctas() const { return max_ctas_; }
-  int clusters_of_four() const { return clusters_of_four_; }
   bool last_one_shot() const { return last_one_shot_; }
   size_t arena_bytes() const { return arena_->bytes(); }
   std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset) override {
@@ -70,7 +68,6 @@ class CollectivesCuda : public Collectives {
   int world_size_;
   LayoutCuda layout_;
   int max_ctas_;
-  int clusters_of_four_;
   bool last_one_shot_;
   CallCuda call_{};  // without what differs from call to call
   // Given up by a constructor that raises, too: else no group could be made at these addresses again.

@@ -36,7 +36,7 @@ constexpr Row kDecode[] = {
 struct PrefillRow {
   int min_world, max_world;
   int max_m;
-  int cluster, tile_n, stages;
+  int tile_n, stages;
   bool one_shot;
   // Tiles over clusters. Fewer: nothing to hide under (two-shot), or the library, which cuts k, is faster. More:
   // one-shot hides nothing.
@@ -44,31 +44,16 @@ struct PrefillRow {
   double least_full;  // tokens over those that the tiles hold
 };
 constexpr double kLeastBusy = 0.84;  // of the waves' SMs: else the last wave costs what the fusion gains
-// Clusters of four are not measured: the same limits, first, and only where they are asked for.
 constexpr PrefillRow kPrefill[] = {
-    {2, 2, 256, 4, 256, 6, true, 0.84, 1.0, 0.75},    //
-    {3, 4, 256, 4, 256, 6, false, 1.85, kAny, 0.75},  //
-    {2, 2, kAny, 4, 512, 3, false, 1.85, kAny, 0.9},  //
-    {2, 2, 256, 2, 128, 6, true, 0.84, 1.0, 0.75},    //
-    {3, 4, 256, 2, 128, 6, false, 1.85, kAny, 0.75},  //
-    {2, 2, kAny, 2, 256, 3, false, 1.85, kAny, 0.9},  //
+    {2, 2, 256, 128, 6, true, 0.84, 1.0, 0.75},    //
+    {3, 4, 256, 128, 6, false, 1.85, kAny, 0.75},  //
+    {2, 2, kAny, 256, 3, false, 1.85, kAny, 0.9},  //
 };
 
 constexpr int64_t kLongest = int64_t{1} << 30;  // coordinates are 32-bit
 
 int over(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
-}
-
-// Without tiles.
-PrefillConfig config_of(const PrefillRow& row, int clusters) {
-  PrefillConfig c{};
-  c.cluster = row.cluster;
-  c.tile_n = row.tile_n;
-  c.stages = row.stages;
-  c.one_shot = row.one_shot;
-  c.ctas = row.cluster * clusters;
-  return c;
 }
 
 }  // namespace
@@ -87,12 +72,15 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
 }
 
 std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
-  if (s.world_size < 2 || s.m <= kMaxDecodeTokens || s.n < 8 || s.n % 8 != 0 || s.sms < 2) return std::nullopt;
-  if (s.m > kLongest || s.n > kLongest) return std::nullopt;
+  if (s.world_size < 2 || s.m <= kMaxDecodeTokens || s.n < 8 || s.n % 8 != 0) return std::nullopt;
+  const int clusters = s.sms / kPrefillCluster;
+  if (clusters < 1 || s.m > kLongest || s.n > kLongest) return std::nullopt;
   for (const PrefillRow& row : kPrefill) {
-    const int clusters = row.cluster == 2 ? s.sms / 2 : std::min(s.sms / 4, s.clusters_of_four);
-    if (clusters < 1) continue;
-    PrefillConfig wish = config_of(row, clusters);
+    PrefillConfig wish{};
+    wish.tile_n = row.tile_n;
+    wish.stages = row.stages;
+    wish.one_shot = row.one_shot;
+    wish.ctas = kPrefillCluster * clusters;
     wish.last = s.last_one_shot && s.world_size == 2 ? 1 : 0;
     const PrefillConfig c = with_tokens(wish, s.m, s.n, s.world_size);
     const double waves = static_cast<double>(c.tiles_m) * c.tiles_n / clusters;
@@ -102,14 +90,6 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
     return c;
   }
   return std::nullopt;
-}
-
-std::vector<PrefillConfig> prefill_of_four() {
-  std::vector<PrefillConfig> configs;
-  for (const PrefillRow& row : kPrefill) {
-    if (row.cluster == 4) configs.push_back(config_of(row, 1));
-  }
-  return configs;
 }
 
 size_t slot_bytes(const GemmConfig& c, int world_size) {
@@ -131,7 +111,7 @@ size_t slot_bytes(const PrefillConfig& c, int world_size) {
 
 size_t flag_bytes(const PrefillConfig& c, int world_size) {
   constexpr size_t kLine = 128;
-  const size_t flags = static_cast<size_t>(world_size) * static_cast<size_t>(c.share * c.cluster);
+  const size_t flags = static_cast<size_t>(world_size) * static_cast<size_t>(c.share * kPrefillCluster);
   return (flags * sizeof(uint32_t) + kLine - 1) / kLine * kLine;
 }
 
@@ -139,9 +119,9 @@ PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size)
   c.tiles_m = over(m, kPrefillTokens);
   c.tiles_n = over(n, c.tile_n);
   const int64_t tiles = int64_t{c.tiles_m} * c.tiles_n;
-  c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, c.cluster * tiles));
+  c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, kPrefillCluster * tiles));
   // Of two waves the first would have all own tiles, which then wait for partials of the same visit.
-  const int64_t clusters = c.ctas / c.cluster, waves = over(tiles, clusters);
+  const int64_t clusters = c.ctas / kPrefillCluster, waves = over(tiles, clusters);
   const int64_t last_wave = waves == 2 ? 0 : tiles - (waves - 1) * clusters;
   c.last = static_cast<int>(c.one_shot ? tiles : c.last > 0 ? last_wave : 0);
   c.share = over(tiles - c.last, world_size);
@@ -165,16 +145,15 @@ int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int wo
 }
 
 size_t shared_bytes(const PrefillConfig& c) {
-  constexpr int kTokens = kPrefillTokens / 2, kRow = 2 * kBoxColumns, kAlignment = 1024;
-  const int rows = rows_of_cta(c);
-  const int stages = c.stages * (kTokens + rows) * kRow;
-  const int staging = c.one_shot ? 0 : kTokens * sums_pitch(c.one_shot, rows);
+  constexpr int kTokens = kPrefillTokens / kPrefillCluster, kRow = 2 * kBoxColumns, kAlignment = 1024;
+  const int stages = c.stages * (kTokens + c.tile_n) * kRow;
+  const int staging = c.one_shot ? 0 : kTokens * sums_pitch(c.one_shot, c.tile_n);
   return static_cast<size_t>(stages + staging + kAlignment);
 }
 
 std::string to_string(const PrefillConfig& c) {
-  return cat(kPrefillTokens, "x", c.tile_n, " tiles, ", c.tiles_m, " x ", c.tiles_n, " in ", c.ctas, " CTAs",
-             c.cluster == 4 ? " by four, " : ", ", c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot",
+  return cat(kPrefillTokens, "x", c.tile_n, " tiles, ", c.tiles_m, " x ", c.tiles_n, " in ", c.ctas, " CTAs, ",
+             c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot",
              c.one_shot || c.last == 0 ? "" : cat(", the last ", c.last, " one-shot"));
 }
 

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <vector>
 
 namespace sglang_symm {
 
@@ -18,8 +17,6 @@ struct GemmShape {
   int64_t n;  // rows of the weight
   int world_size;
   int sms;  // that the rank may fill
-  // Of the prefill kernel, that are resident together on every rank; 0: it shall have none.
-  int clusters_of_four = 0;
   // Of the prefill kernel between two ranks: both sum the tiles of the last wave, instead of their owners.
   bool last_one_shot = false;
 };
@@ -40,10 +37,9 @@ struct GemmConfig {
 constexpr int kBoxColumns = 64;  // 128 bytes, the width of a swizzled row
 constexpr int kMaxDecodeTokens = 64;
 
-// Many tokens. A tile is 256 tokens x tile_n rows of the weight, by a cluster of CTAs on neighbouring SMs: two, with
-// 128 tokens each, or 2 x 2, with half of the rows each.
+// Many tokens. A tile is 256 tokens x tile_n rows of the weight, by a cluster of two CTAs on neighbouring SMs, with 128
+// of the tokens each.
 struct PrefillConfig {
-  int cluster;           // CTAs
   int tile_n;            // rows of the weight a tile
   int stages;            // of 64 columns in shared memory
   int tiles_m, tiles_n;  // tiles along the tokens, along the weight
@@ -55,17 +51,15 @@ struct PrefillConfig {
 };
 
 constexpr int kPrefillTokens = 256;  // a tile
-constexpr int rows_of_cta(const PrefillConfig& c) {
-  return 2 * c.tile_n / c.cluster;
-}
+constexpr int kPrefillCluster = 2;   // CTAs
 // A prefill kernel has the sum of two ranks or that of more: with both in it, it spills more registers.
-constexpr bool is_for_two_ranks(bool one_shot, int rows_of_cta) {
-  return one_shot || rows_of_cta > 128;
+constexpr bool is_for_two_ranks(bool one_shot, int tile_n) {
+  return one_shot || tile_n > 128;
 }
 // Bytes from a row of sums to the next in shared memory. Between two ranks 16 lie between them: the rows of an 8 x 8
 // matrix are then in other banks.
-constexpr int sums_pitch(bool one_shot, int rows_of_cta) {
-  return 2 * rows_of_cta + (is_for_two_ranks(one_shot, rows_of_cta) ? 16 : 0);
+constexpr int sums_pitch(bool one_shot, int tile_n) {
+  return 2 * tile_n + (is_for_two_ranks(one_shot, tile_n) ? 16 : 0);
 }
 
 // Nothing when the decode kernel does not take this shape. tile_n, tile_m and tiles say where a partial lies in a slot,
@@ -75,8 +69,6 @@ std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 // Nothing when the library's GEMM and an all-reduce are faster, or the shape is not the kernel's. Ranks must give the
 // same: it says where a partial lies, and which CTAs wait for each other.
 std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
-// What choose_prefill may give in clusters of four, but for the tiles: a cluster of each.
-std::vector<PrefillConfig> prefill_of_four();
 
 // The same tiles for another number of tokens. A `last` of more than 0 becomes that of the last wave.
 PrefillConfig with_tokens(PrefillConfig config, int64_t m, int64_t n, int world_size);
@@ -97,8 +89,7 @@ size_t shared_bytes(const GemmConfig& config);
 size_t shared_bytes(const PrefillConfig& config);
 // "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"
 std::string to_string(const GemmConfig& config);
-// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"; "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages,
-// two-shot, the last 32 one-shot"
+// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"
 std::string to_string(const PrefillConfig& config);
 
 }  // namespace sglang_symm

@@ -35,10 +35,6 @@ struct PrefillCuda {
 void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                     cudaStream_t stream);
 
-// How many clusters of four of any prefill kernel the current device, of compute capability 9.0, holds at a time, when
-// nothing else runs on it. A green context is not taken into account.
-int resident_clusters_of_four();
-
 #ifdef SGLANG_SYMM_TRACE
 // When the CTAs of the last prefill kernel of the current device were where: [CTA][visit][stamp] ns, 0 where they have
 // not been. The device must be idle. Afterwards all are 0.

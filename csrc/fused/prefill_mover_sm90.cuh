@@ -274,7 +274,6 @@ struct PrefillMover {
   __device__ __forceinline__ void send_rows(const PrefillPlace& at, int piece) const {
     constexpr int kRows = T::kTileM / kPieces;
     const int bytes = 2 * min(T::kTileN, a.n - at.column);
-    if (T::kClusterN > 1 && bytes <= 0) return;
     const int peers = T::kTwoRanks ? 1 : s.call.world_size - 1;
     for (int i = lane; i < kRows * peers; i += kWarp) {
       const int peer = s.peer(1 + i / kRows), row = piece * kRows + i % kRows;

@@ -9,12 +9,10 @@
 // it is summed, and both halves of the traffic hide under the MMAs; what is left is the way of the last tiles' sums.
 //
 // A cluster of two CTAs takes 256 tokens x kTileN rows of the weight, each CTA 128 of the tokens; each fetches half of
-// the weight for both. A cluster of four takes twice as many rows, 2 x 2 CTAs: each fetches half of its weight for its
-// neighbour along the tokens too, and half of its tokens for its neighbour along the weight. A CTA: 8 math warps (2
-// warpgroups, 64 tokens each), a producer, a mover (and two warps that only keep the warpgroup whole).
+// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover (and two warps that only
+// keep the warpgroup whole).
 //
-//   stage s    full[s]: its bytes have landed, of all CTAs' copies      empty[s]: the math warps of all CTAs that this
-//              one fetches for have read it: 16 in clusters of two, 24 in clusters of four
+//   stage s    full[s]: its bytes have landed, of both CTAs' copies     empty[s]: 16 math warps of both have read it
 //   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out
 //   arrived    a barrier, a phase a tile of the own: its partials are here (between two ranks: in staging)
 //   abandoned  the mover keeps the time of the math warps' waits in the last visit one-shot, see below
@@ -75,7 +73,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     prefetch_map(&token_map);
     for (int stage = 0; stage < a.stages; stage++) {
       barrier_init(&full[stage], 1);
-      barrier_init(&empty[stage], T::kSharers * T::kMathWarps);
+      barrier_init(&empty[stage], T::kCluster * T::kMathWarps);
     }
     barrier_init(&handover.arrived, 1);
     barrier_init_visible();
@@ -114,7 +112,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace place = schedule.place(visit);
       float d[T::kTileN / 2];
-      multiply_tile<T>(a, ring, schedule.corner(), visit, warp / 4, lane, &at, d);
+      multiply_tile<T>(a, ring, visit, warp / 4, lane, &at, d);
       if constexpr (T::kOneShot) {
         const auto wait = [&](const auto& ready, const uint32_t& missing) { return wait_together(s, ready, missing); };
         fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, wait, d);

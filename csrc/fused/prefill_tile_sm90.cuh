@@ -9,18 +9,13 @@ namespace sglang_symm::device {
 
 constexpr int kMaxPrefillStages = 8;
 
-template <class T, int TileN_, bool OneShot, int Cluster>
+template <class T, int TileN_, bool OneShot>
 struct PrefillTile {
   using Type = T;
   static constexpr bool kOneShot = OneShot;
   static constexpr bool kTwoRanks = is_for_two_ranks(OneShot, TileN_);
-  static constexpr int kTileM = 128, kTileN = TileN_;  // of a CTA
-  // CTAs of a cluster, along the tokens and along the weight.
-  static constexpr int kCluster = Cluster, kClusterM = 2, kClusterN = kCluster / kClusterM;
-  static_assert(kClusterN == 1 || kClusterN == 2);
-  // What a CTA fetches of its tokens and of its rows of the weight: its share, for all CTAs that have the same.
-  static constexpr int kFetchedTokens = kTileM / kClusterN, kFetchedRows = kTileN / kClusterM;
-  static constexpr int kSharers = kClusterM + kClusterN - 1;  // CTAs that read any of it, itself among them
+  static constexpr int kCluster = kPrefillCluster;
+  static constexpr int kTileM = kPrefillTokens / kCluster, kTileN = TileN_;  // of a CTA
   static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kThreads = 12 * kWarp;
   static constexpr int kRowBytes = kBoxColumns * 2;
   static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;
@@ -38,21 +33,7 @@ constexpr int kEveryRank = -1;
 struct PrefillPlace {
   int index;          // of the tile
   int owner;          // who sums it: a rank, or every rank for itself
-  int token, column;  // where this CTA's part begins; in clusters of four it may lie beyond the last column
-};
-
-// Where a CTA is in its cluster: number 2 n + m. The numbers of two that share tokens or weight differ in one bit.
-template <class T>
-struct PrefillCorner {
-  int cta;
-
-  __device__ __forceinline__ int m() const { return T::kClusterN == 1 ? cta : cta % T::kClusterM; }
-  __device__ __forceinline__ int n() const { return T::kClusterN == 1 ? 0 : cta / T::kClusterM; }
-  // The CTAs that have the same rows of the weight, a bit each; in clusters of four, those that have the same tokens.
-  __device__ __forceinline__ uint16_t same_rows() const { return static_cast<uint16_t>(3 << T::kClusterM * n()); }
-  __device__ __forceinline__ uint16_t same_tokens() const { return static_cast<uint16_t>(5 << m()); }
-  // The i-th of kSharers.
-  __device__ __forceinline__ int sharer(int i) const { return T::kClusterN == 1 ? i : cta ^ i; }
+  int token, column;  // where this CTA's part begins
 };
 
 // Which tiles a CTA visits: those of rank + 1 first, its own rank's last, and behind them those that every rank sums,
@@ -64,7 +45,6 @@ struct PrefillSchedule {
   const PrefillCuda& a;
   int cta;  // in the cluster
 
-  __device__ __forceinline__ PrefillCorner<T> corner() const { return {cta}; }
   __device__ __forceinline__ int all() const { return a.tiles_m * a.tiles_n; }
   __device__ __forceinline__ int owned() const { return T::kOneShot ? 0 : T::kTwoRanks ? all() - a.last : all(); }
   __device__ __forceinline__ int visits() const {
@@ -84,8 +64,7 @@ struct PrefillSchedule {
     const int band = t / (kBand * a.tiles_n), rows = min(kBand, a.tiles_m - band * kBand);
     const int inside = t - band * kBand * a.tiles_n;
     const int row = band * kBand + inside % rows, column = inside / rows;
-    return {t, owner, (T::kClusterM * row + corner().m()) * T::kTileM,
-            (T::kClusterN * column + corner().n()) * T::kTileN};
+    return {t, owner, (T::kCluster * row + cta) * T::kTileM, column * T::kTileN};
   }
 };
 
@@ -107,23 +86,15 @@ struct PrefillProducer {
   __device__ __forceinline__ uint64_t of_weights() const { return a.tiles_m > 1 ? kEvictNormal : kEvictFirst; }
   __device__ __forceinline__ uint64_t of_tokens() const { return a.tiles_m > 1 ? kEvictNormal : kEvictLast; }
   __device__ __forceinline__ void weight(int stage, int k, const PrefillPlace& at) const {
+    constexpr uint16_t kBoth = 3;  // a bit a CTA
     barrier_expect(&ring.full[stage], T::kStageBytes);
-    const PrefillCorner<T> corner = schedule.corner();
-    const int row = corner.m() * T::kFetchedRows;
+    const int row = schedule.cta * (T::kTileN / T::kCluster);
     const uint32_t to = ring.memory + stage * T::kStageBytes + T::kTokenBytes + row * T::kRowBytes;
-    load_box_to_all(to, weight_map, k * kBoxColumns, at.column + row, &ring.full[stage], corner.same_rows(),
-                    of_weights());
+    load_box_to_all(to, weight_map, k * kBoxColumns, at.column + row, &ring.full[stage], kBoth, of_weights());
   }
   __device__ __forceinline__ void tokens(int stage, int k, const PrefillPlace& at) const {
     const uint32_t to = ring.memory + stage * T::kStageBytes;
-    if constexpr (T::kClusterN == 1) {  // nobody else has them
-      load_box(to, token_map, k * kBoxColumns, at.token, &ring.full[stage], of_tokens());
-    } else {
-      const PrefillCorner<T> corner = schedule.corner();
-      const int row = corner.n() * T::kFetchedTokens;
-      load_box_to_all(to + row * T::kRowBytes, token_map, k * kBoxColumns, at.token + row, &ring.full[stage],
-                      corner.same_tokens(), of_tokens());
-    }
+    load_box(to, token_map, k * kBoxColumns, at.token, &ring.full[stage], of_tokens());
   }
   __device__ __forceinline__ int ahead() const { return min(ring.stages, a.k_steps); }  // of the first tile
   __device__ __forceinline__ void fill_weights() const {
@@ -159,14 +130,14 @@ struct PrefillProducer {
 
 // d = 64 tokens of this warpgroup x kTileN rows of the weight, all of k.
 template <class T>
-__device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& ring, const PrefillCorner<T>& corner,
-                                              int visit, int group, int lane, Position* at, float (&d)[T::kTileN / 2]) {
+__device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& ring, int visit, int group, int lane,
+                                              Position* at, float (&d)[T::kTileN / 2]) {
   constexpr int kMmaBytes = 32, kMmas = T::kRowBytes / kMmaBytes, kGroupBytes = 64 * T::kRowBytes;
 #pragma unroll
   for (int i = 0; i < T::kTileN / 2; i++) d[i] = 0.0f;
   int before = -1;  // the stage whose MMAs may still run
   const auto release = [&](int stage) {
-    if (lane < T::kSharers) barrier_arrive_at(&ring.empty[stage], corner.sharer(lane));
+    if (lane < T::kCluster) barrier_arrive_at(&ring.empty[stage], lane);
   };
   stamp(Stamp::begins, visit);
 #pragma unroll 1

@@ -4,7 +4,6 @@
 
 #include "base/driver_cuda.h"
 #include "collective/collectives_nccl.h"
-#include "fused/prefill_cuda.h"
 #include "group/backend.h"
 #include "group/group.h"
 #include "memory/arena_cuda.h"
@@ -48,18 +47,6 @@ int usable_sms(int device) {
   return static_cast<int>(sms);
 }
 
-// For measurements: 2, or 4 for clusters of four CTAs in the prefill kernel, where the GPU holds all of a grid. On a
-// part of a GPU nobody says how many there is room for: a call whose grid does not fit ends at its deadline.
-int clusters_of_four(int device) {
-  const char* text = std::getenv("SGLANG_SYMM_PREFILL_CLUSTER");
-  const std::string_view wish = text == nullptr ? "" : text;
-  if (wish.empty() || wish == "2") return 0;
-  if (wish != "4") fail(ErrorKind::argument, "SGLANG_SYMM_PREFILL_CLUSTER='", wish, "', expected 2 or 4");
-  if (!is_hopper(device)) return 0;
-  const DeviceScope scope(device);
-  return resident_clusters_of_four();
-}
-
 // For measurements: two_shot, or one_shot for the last tiles of the prefill kernel, where two ranks sum them both.
 bool last_one_shot() {
   const char* text = std::getenv("SGLANG_SYMM_PREFILL_LAST");
@@ -94,7 +81,7 @@ class BackendCuda final : public Backend {
     }
     const size_t bytes = SegmentCuda::rounded(device_, std::max(config->arena_bytes, kMinArena));
     layout_ = LayoutCuda::of(bytes, world_size_);
-    room_ = {usable_sms(device_), clusters_of_four(device_), last_one_shot()};
+    room_ = {usable_sms(device_), last_one_shot()};
     arena_ = std::make_shared<ArenaCuda>(SegmentCuda::create(device_, bytes),
                                          ArenaLayout{layout_.heap, bytes, kAlignment}, rank_, device_);
     base_ = arena_;
@@ -104,7 +91,6 @@ class BackendCuda final : public Backend {
   size_t slot_bytes() const override { return layout_.slot_bytes; }
   std::string settings() const override {
     return cat("arena_bytes=", arena_->bytes(), " slot_bytes=", layout_.slot_bytes, " max_ctas=", room_.max_ctas,
-               " clusters_of_four=", room_.clusters_of_four,
                " prefill_last=", room_.last_one_shot ? "one_shot" : "two_shot");
   }
   void attach(int peer, Fd fd) override {

@@ -103,8 +103,7 @@ bool prefill(const Call& c) {
   const int world = c.group.world_size();
   const LayoutCuda& layout = c.collectives.layout();
   const int64_t m = c.x.size(0), n = c.weight.size(0);
-  const auto config = choose_prefill(
-      {m, n, world, c.collectives.max_ctas(), c.collectives.clusters_of_four(), c.collectives.last_one_shot()});
+  const auto config = choose_prefill({m, n, world, c.collectives.max_ctas(), c.collectives.last_one_shot()});
   if (!config) return false;
   const int64_t most = tokens_a_round(*config, m, n, world, layout.staging_bytes);
   if (most == 0) {

@@ -2,8 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-
 namespace sglang_symm {
 namespace {
 
@@ -102,66 +100,43 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{2048, 576, 2, 132}, ""},
       {{256, 8190, 2, 132}, ""},
       {{256, 8192, 1, 132}, ""},
-      // Where clusters of four are asked for, and as many as there are tiles or waves full of them are resident.
-      {{64, 8192, 2, 132, 32}, ""},
-      {{191, 8192, 2, 132, 32}, ""},
-      {{192, 8192, 2, 132, 32}, "256x256 tiles, 1 x 32 in 128 CTAs by four, 6 stages, one-shot"},
-      {{256, 8192, 2, 132, 32}, "256x256 tiles, 1 x 32 in 128 CTAs by four, 6 stages, one-shot"},
-      {{256, 8192, 2, 132, 31}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
-      {{256, 7680, 2, 132, 31}, "256x256 tiles, 1 x 30 in 120 CTAs by four, 6 stages, one-shot"},
-      {{300, 8192, 2, 132, 32}, ""},
-      {{512, 8192, 2, 132, 32}, ""},
-      {{1024, 8192, 2, 132, 32}, "256x512 tiles, 4 x 16 in 128 CTAs by four, 3 stages, two-shot"},
-      {{2048, 8192, 2, 132, 32}, "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages, two-shot"},
-      {{2048, 8192, 2, 132, 33}, "256x512 tiles, 8 x 16 in 132 CTAs by four, 3 stages, two-shot"},
-      {{2048, 8192, 2, 132, 31}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"},
-      {{2048, 8192, 2, 64, 32}, "256x512 tiles, 8 x 16 in 64 CTAs by four, 3 stages, two-shot"},
-      {{256, 16384, 4, 132, 32}, "256x256 tiles, 1 x 64 in 128 CTAs by four, 6 stages, two-shot"},
-      {{256, 8192, 4, 132, 32}, ""},
-      {{256, 8192, 8, 132, 32}, ""},
+      {{2048, 8192, 2, 1}, ""},
       // Where the last tiles are both ranks'.
-      {{256, 8192, 2, 132, 0, true}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
-      {{1024, 8192, 2, 132, 0, true}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, two-shot"},  // two waves
-      {{1536, 8192, 2, 132, 0, true}, "256x256 tiles, 6 x 32 in 132 CTAs, 3 stages, two-shot, the last 60 one-shot"},
-      {{2048, 8192, 2, 132, 0, true}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"},
-      {{2048, 8192, 2, 128, 0, true}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, two-shot, the last 64 one-shot"},
-      {{2048, 8192, 2, 132, 32, true},
-       "256x512 tiles, 8 x 16 in 128 CTAs by four, 3 stages, two-shot, the last 32 one-shot"},
-      {{256, 8192, 4, 32, 0, true}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
+      {{256, 8192, 2, 132, true}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
+      {{1024, 8192, 2, 132, true}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, two-shot"},  // two waves
+      {{1536, 8192, 2, 132, true}, "256x256 tiles, 6 x 32 in 132 CTAs, 3 stages, two-shot, the last 60 one-shot"},
+      {{2048, 8192, 2, 132, true}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"},
+      {{2048, 8192, 2, 128, true}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, two-shot, the last 64 one-shot"},
+      {{256, 8192, 4, 32, true}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
   };
   for (const Row& row : rows) {
     const auto config = choose_prefill(row.shape);
     EXPECT_EQ(config ? to_string(*config) : "", row.expected)
-        << "m " << row.shape.m << " n " << row.shape.n << " world " << row.shape.world_size << " clusters of four "
-        << row.shape.clusters_of_four;
+        << "m " << row.shape.m << " n " << row.shape.n << " world " << row.shape.world_size;
   }
 }
 
 TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
-  const std::pair<int, bool> forms[] = {{0, false}, {1, false}, {31, false}, {32, false}, {33, false}, {40, false},
-                                        {0, true},  {31, true}, {32, true},  {33, true},  {40, true}};
   for (const int world : {2, 3, 4, 8, 16}) {
     for (const int64_t m : {65, 256, 300, 1000, 2048, 8192}) {
       for (const int64_t n : {8192, 8200, 14336}) {
-        for (const auto& [fours, last] : forms) {
-          const auto c = choose_prefill({m, n, world, 132, fours, last});
+        for (const bool last : {false, true}) {
+          const auto c = choose_prefill({m, n, world, 132, last});
           if (!c) continue;
           EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
           EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
           const int tiles = c->tiles_m * c->tiles_n;
           EXPECT_GE(c->share * world + c->last, tiles);
           EXPECT_TRUE(!c->one_shot || c->last == tiles);
-          const int clusters = c->ctas / c->cluster;
+          const int clusters = c->ctas / kPrefillCluster;
           EXPECT_EQ(c->last > 0, c->one_shot || (last && world == 2 && tiles > 2 * clusters));
           if (c->last > 0) {
             EXPECT_EQ((tiles - c->last) % clusters, 0) << "the last are a wave, or all";
           }
           EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
-          EXPECT_TRUE(c->cluster == 2 || c->cluster == 4);
-          EXPECT_EQ(c->ctas % c->cluster, 0);
-          EXPECT_LE(c->ctas, c->cluster == 2 ? 132 : std::min(4 * fours, 132)) << "all of it must be resident";
-          EXPECT_EQ(c->one_shot || rows_of_cta(*c) > 128, world == 2)
-              << "a kernel has the sum of two ranks, or of more";
+          EXPECT_EQ(c->ctas % kPrefillCluster, 0);
+          EXPECT_LE(c->ctas, 132) << "all of it must be resident";
+          EXPECT_EQ(is_for_two_ranks(c->one_shot, c->tile_n), world == 2);
           const size_t result = static_cast<size_t>(m * n) * 2;
           EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
         }
@@ -171,7 +146,7 @@ TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
 }
 
 TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
-  const auto c = choose_prefill({2048, 8192, 2, 132, 0, true});
+  const auto c = choose_prefill({2048, 8192, 2, 132, true});
   ASSERT_TRUE(c);
   EXPECT_EQ(c->last, 58);
   EXPECT_EQ(c->share, 99);
@@ -184,23 +159,6 @@ TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
   EXPECT_EQ(with_tokens(*c, 256, 8192, 2).last, 32);
   EXPECT_EQ(with_tokens(*c, 256, 8192, 2).share, 0);
   EXPECT_EQ(flag_bytes(*choose_prefill({256, 8192, 2, 132}), 2), size_t{0});
-}
-
-TEST(PrefillConfig, WhatClustersOfFourAreAskedOfIsWhatTheyTake) {
-  const std::vector<PrefillConfig> asked = prefill_of_four();
-  size_t most = 0;
-  for (const PrefillConfig& c : asked) {
-    EXPECT_EQ(c.cluster, 4);
-    EXPECT_EQ(c.ctas, 4);
-    most = std::max(most, shared_bytes(c));
-  }
-  for (const GemmShape& shape :
-       {GemmShape{256, 8192, 2, 132, 32}, {2048, 8192, 2, 132, 32}, {256, 16384, 4, 132, 32}}) {
-    const auto c = choose_prefill(shape);
-    ASSERT_TRUE(c);
-    EXPECT_EQ(c->cluster, 4);
-    EXPECT_LE(shared_bytes(*c), most);
-  }
 }
 
 TEST(PrefillConfig, ARoundHoldsWhatStagingMemoryHolds) {

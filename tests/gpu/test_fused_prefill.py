@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import time
 
 import pytest
@@ -24,22 +23,16 @@ WIDE = 128 * CLUSTERS * (1 if int(os.environ.get("WORLD_SIZE", "1")) <= 2 else 2
 
 @pytest.fixture(scope="module")
 def form(request, world):
-    """CTAs of a cluster and who sums the last tiles, for every group that is made meanwhile."""
-    ctas, last = getattr(request, "param", (2, "two_shot"))
-    if ctas == 4 and SMS < 64:
-        pytest.skip("clusters of four are for half of a GPU or more")
+    """Who sums the last tiles, for every group that is made meanwhile."""
+    last = getattr(request, "param", "two_shot")
     if last == "one_shot" and dist.get_world_size() != 2:
         pytest.skip("two ranks alone sum the last tiles together")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_SYMM_PREFILL_CLUSTER", str(ctas))
         patch.setenv("SGLANG_SYMM_PREFILL_LAST", last)
-        yield ctas, last
+        yield last
 
 
-FORMS = [(2, "two_shot"), (4, "two_shot"), (2, "one_shot"), (4, "one_shot")]
-EVERY_FORM = pytest.mark.parametrize(
-    "form", FORMS, indirect=True, scope="module", ids=["two", "four", "two-last", "four-last"]
-)
+EVERY_FORM = pytest.mark.parametrize("form", ["two_shot", "one_shot"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +40,7 @@ def group(world, form):
     from sglang_symm.distributed.group import Group
 
     group = Group(device="cuda", timeout=20.0, arena_bytes=512 << 20)
-    # Where there are 32, WIDE rows take clusters of four wherever they take those of two.
-    agreed = group.info()["settings"]["agreed"]
-    fours, last = re.search(r" clusters_of_four=(\d+) prefill_last=(\w+)", agreed).groups()
-    assert (int(fours) > 0, last) == (form[0] == 4, form[1])
+    assert f" prefill_last={form} " in group.info()["settings"]["agreed"]
     yield group
     torch.cuda.synchronize()
     group.destroy()

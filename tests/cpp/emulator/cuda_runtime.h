@@ -237,15 +237,6 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
-// How many clusters of any kernel are resident together: what a test says.
-namespace emulator {
-inline int resident_clusters = 0;
-}
-inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
-  *clusters = emulator::resident_clusters;
-  return cudaSuccess;
-}
-
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {

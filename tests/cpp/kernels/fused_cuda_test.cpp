@@ -273,20 +273,17 @@ GemmConfig decode_config(int world, int m, int n, int sms, int stages = 2) {
   return *config;
 }
 
-constexpr int kClusters[] = {2, 4};
-
-int tile_rows(int cluster, int world, bool one_shot) {
-  return (world == 2 && !one_shot ? 256 : 128) * cluster / 2;
+int tile_rows(int world, bool one_shot) {
+  return world == 2 && !one_shot ? 256 : 128;
 }
 
-PrefillConfig prefill_config(int cluster, int world, int m, int n, int clusters, bool one_shot, int stages = 2) {
+PrefillConfig prefill_config(int world, int m, int n, int clusters, bool one_shot, int stages = 2) {
   PrefillConfig config{};
-  config.cluster = cluster;
-  config.tile_n = tile_rows(cluster, world, one_shot);
+  config.tile_n = tile_rows(world, one_shot);
   config.stages = stages;
   config.one_shot = one_shot;
   // One-shot: a tile a cluster, else ranks wait for each other in a circle.
-  config.ctas = one_shot ? 1 << 20 : cluster * clusters;
+  config.ctas = one_shot ? 1 << 20 : kPrefillCluster * clusters;
   return with_tokens(config, m, n, world);
 }
 
@@ -374,70 +371,63 @@ TEST(FusedCuda, DecodeGivesTheBitsOfTheSumOfRoundedProducts) {
 
 TEST(FusedCuda, PrefillOneShotGivesTheBitsOfTheSumOfRoundedProducts) {
   for (uint64_t seed = 0; seed < seeds(4); seed++) {
-    for (const int cluster : kClusters) {
-      std::mt19937_64 random(seed);
-      const DType dtype = kTypes[seed % 2];
-      Gpus gpus(2, seed, 1e6, 2, cluster == 2 ? 4 << 20 : 8 << 20);
-      const int m = any({65, 130, 200, 256}, random), n = 8 * (1 + static_cast<int>(random() % (16 * cluster)));
-      std::deque<Linear> calls;
-      for (int i = 0; i < 3; i++) {
-        const PrefillConfig config = prefill_config(cluster, 2, m, n, 1, true, any({2, 3}, random));
-        calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
-      }
-      gpus.run();
-      for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
-      expect_at_rest(gpus);
+    std::mt19937_64 random(seed);
+    const DType dtype = kTypes[seed % 2];
+    Gpus gpus(2, seed);
+    const int m = any({65, 130, 200, 256}, random), n = 8 * (1 + static_cast<int>(random() % 32));
+    std::deque<Linear> calls;
+    for (int i = 0; i < 3; i++) {
+      const PrefillConfig config = prefill_config(2, m, n, 1, true, any({2, 3}, random));
+      calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
     }
+    gpus.run();
+    for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+    expect_at_rest(gpus);
   }
 }
 
 TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
   for (uint64_t seed = 0; seed < seeds(2); seed++) {
     for (const int world : {2, 3, 4}) {
-      for (const int cluster : kClusters) {
-        std::mt19937_64 random(seed * 10 + static_cast<uint64_t>(world));
-        const DType dtype = kTypes[random() % 2];
-        Gpus gpus(world, random(), 1e6, 2, cluster == 2 ? 8 << 20 : 16 << 20);
-        const int m = any({70, 200, 256, 300}, random), tiles = (m + 255) / 256;
-        // Of clusters of four, half of the last tile may lie beyond n.
-        const int most = tile_rows(2, world, false) * any({1, 2, 3, 4}, random) / tiles;
-        const int n = std::max(most, 128) - 8 * static_cast<int>(random() % 16);
-        const int clusters = any({1, 2}, random);
-        std::deque<Linear> calls;
-        for (int i = 0; i < 2; i++) {
-          const PrefillConfig config = prefill_config(cluster, world, m, n, clusters, false, any({2, 3}, random));
-          calls.emplace_back(gpus, config, dtype, m, n, any_options(world, random), random).enqueue(gpus);
-        }
-        gpus.run();
-        for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
-        expect_at_rest(gpus);
+      std::mt19937_64 random(seed * 10 + static_cast<uint64_t>(world));
+      const DType dtype = kTypes[random() % 2];
+      Gpus gpus(world, random(), 1e6, 2, 8 << 20);
+      const int m = any({70, 200, 256, 300}, random), tiles = (m + 255) / 256;
+      const int most = tile_rows(world, false) * any({1, 2, 3, 4}, random) / tiles;
+      const int n = std::max(most, 128) - 8 * static_cast<int>(random() % 16);
+      const int clusters = any({1, 2}, random);
+      std::deque<Linear> calls;
+      for (int i = 0; i < 2; i++) {
+        const PrefillConfig config = prefill_config(world, m, n, clusters, false, any({2, 3}, random));
+        calls.emplace_back(gpus, config, dtype, m, n, any_options(world, random), random).enqueue(gpus);
       }
+      gpus.run();
+      for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+      expect_at_rest(gpus);
     }
   }
 }
 
 TEST(FusedCuda, PrefillTwoShotWithTheLastVisitOneShotGivesTheSameBits) {
   for (uint64_t seed = 0; seed < seeds(2); seed++) {
-    for (const int cluster : kClusters) {
-      std::mt19937_64 random(seed);
-      const DType dtype = kTypes[random() % 2];
-      Gpus gpus(2, random(), 1e6, 2, cluster == 2 ? 16 << 20 : 32 << 20);
-      std::deque<Linear> calls;
-      for (int i = 0; i < 2; i++) {
-        // Three or four waves, the last full or not: owners have as many tiles, or the first one more. Or one wave:
-        // nothing is anybody's.
-        const int clusters = any({1, 2}, random),
-                  tiles = clusters == 1 ? any({1, 3, 4}, random) : any({2, 5, 6, 7}, random);
-        const int rows = tiles % 2 == 0 ? 2 : 1, m = (rows == 2 ? 256 : 0) + any({70, 150}, random);
-        const int n = tile_rows(cluster, 2, false) * tiles / rows - 8 * static_cast<int>(random() % 16);
-        PrefillConfig config = prefill_config(cluster, 2, m, n, clusters, false, any({2, 3}, random));
-        if (random() % 4 != 0) config = last_one_shot(config, m, n);
-        calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
-      }
-      gpus.run();
-      for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
-      expect_at_rest(gpus);
+    std::mt19937_64 random(seed);
+    const DType dtype = kTypes[random() % 2];
+    Gpus gpus(2, random(), 1e6, 2, 16 << 20);
+    std::deque<Linear> calls;
+    for (int i = 0; i < 2; i++) {
+      // Three or four waves, the last full or not: owners have as many tiles, or the first one more. Or one wave:
+      // nothing is anybody's.
+      const int clusters = any({1, 2}, random),
+                tiles = clusters == 1 ? any({1, 3, 4}, random) : any({2, 5, 6, 7}, random);
+      const int rows = tiles % 2 == 0 ? 2 : 1, m = (rows == 2 ? 256 : 0) + any({70, 150}, random);
+      const int n = tile_rows(2, false) * tiles / rows - 8 * static_cast<int>(random() % 16);
+      PrefillConfig config = prefill_config(2, m, n, clusters, false, any({2, 3}, random));
+      if (random() % 4 != 0) config = last_one_shot(config, m, n);
+      calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
     }
+    gpus.run();
+    for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
+    expect_at_rest(gpus);
   }
 }
 
@@ -445,28 +435,18 @@ TEST(FusedCuda, TheTablesOwnChoicesRun) {
   std::mt19937_64 random(1);
   for (const int world : {2, 3, 4}) {
     for (const bool one_shot : {true, false}) {
-      for (const int cluster : kClusters) {
-        if (one_shot && world > 2) continue;
-        const int m = 250, n = tile_rows(cluster, world, one_shot) * (one_shot ? 1 : world) - 8;
-        const auto config = choose_prefill({m, n, world, cluster, cluster == 4 ? 1 : 0});
-        ASSERT_TRUE(config.has_value());
-        EXPECT_EQ(config->one_shot, one_shot);
-        EXPECT_EQ(config->cluster, cluster);
-        Gpus gpus(world, random(), 1e6, 2, cluster == 2 ? 8 << 20 : 16 << 20);
-        Linear call(gpus, *config, DType::bfloat16, m, n, {.bias = true, .static_weight = true}, random);
-        call.enqueue(gpus);
-        gpus.run();
-        EXPECT_EQ(call.wrong(), "");
-        expect_at_rest(gpus);
-      }
+      if (one_shot && world > 2) continue;
+      const int m = 250, n = tile_rows(world, one_shot) * (one_shot ? 1 : world) - 8;
+      const auto config = choose_prefill({m, n, world, kPrefillCluster});
+      ASSERT_TRUE(config.has_value());
+      EXPECT_EQ(config->one_shot, one_shot);
+      Gpus gpus(world, random(), 1e6, 2, 8 << 20);
+      Linear call(gpus, *config, DType::bfloat16, m, n, {.bias = true, .static_weight = true}, random);
+      call.enqueue(gpus);
+      gpus.run();
+      EXPECT_EQ(call.wrong(), "");
+      expect_at_rest(gpus);
     }
-  }
-}
-
-TEST(FusedCuda, ClustersOfFourAreAsManyAsTheGpuHoldsOfAnyKernel) {
-  for (const int resident : {31, 0}) {
-    emulator::resident_clusters = resident;
-    EXPECT_EQ(resident_clusters_of_four(), resident);
   }
 }
 
@@ -481,12 +461,11 @@ Config any_config(int world, int* m, int* n, std::mt19937_64& random) {
   *m = any({66, 150}, random);
   const bool one_shot = world == 2 && random() % 2 == 0;
   *n = one_shot ? 136 : 128 * world - 8 * static_cast<int>(random() % 3);
-  const int cluster = any({2, 4}, random);
   if (world == 2 && !one_shot && random() % 2 == 0) {
-    *n = 2 * tile_rows(cluster, world, one_shot) + 8;  // three waves
-    return last_one_shot(prefill_config(cluster, world, *m, *n, 1, one_shot), *m, *n);
+    *n = 2 * tile_rows(world, one_shot) + 8;  // three waves
+    return last_one_shot(prefill_config(world, *m, *n, 1, one_shot), *m, *n);
   }
-  return prefill_config(cluster, world, *m, *n, 1, one_shot);
+  return prefill_config(world, *m, *n, 1, one_shot);
 }
 
 TEST(FusedCuda, WhatTheCallBeforeWritesIsReadOnlyThen) {
@@ -550,14 +529,10 @@ std::vector<Kind> every_kind(uint64_t seeds) {
   const Kind each[] = {{2, 20, 96, decode_config(2, 20, 96, 2)},
                        {4, 3, 200, decode_config(4, 3, 200, 2)},
                        {4, 20, 200, two_shot},
-                       {2, 100, 136, prefill_config(2, 2, 100, 136, 2, true)},
-                       {2, 100, 504, prefill_config(2, 2, 100, 504, 1, false)},
-                       {3, 100, 376, prefill_config(2, 3, 100, 376, 2, false)},
-                       {2, 100, 264, prefill_config(4, 2, 100, 264, 2, true)},
-                       {2, 100, 776, prefill_config(4, 2, 100, 776, 1, false)},
-                       {2, 100, 760, last_one_shot(prefill_config(2, 2, 100, 760, 1, false), 100, 760)},
-                       {2, 100, 1288, last_one_shot(prefill_config(4, 2, 100, 1288, 1, false), 100, 1288)},
-                       {3, 100, 376, prefill_config(4, 3, 100, 376, 2, false)}};
+                       {2, 100, 136, prefill_config(2, 100, 136, 2, true)},
+                       {2, 100, 504, prefill_config(2, 100, 504, 1, false)},
+                       {3, 100, 376, prefill_config(3, 100, 376, 2, false)},
+                       {2, 100, 760, last_one_shot(prefill_config(2, 100, 760, 1, false), 100, 760)}};
   std::vector<Kind> all;
   for (uint64_t seed = 0; seed < seeds; seed++) {
     for (const Kind& kind : each) all.push_back(kind), all.back().seed = seed;
