@@ -5,7 +5,7 @@
 
 Needs a library built with SGLANG_SYMM_TRACE=1, whose kernel is slower by its stamps (csrc/fused/prefill_trace_sm90.cuh
 says what each of them means). Replays a CUDA graph of `ops` calls, whose weights rotate over 4 copies, and takes the
-stamps of the last one, `repeats` times. SGLANG_SYMM_PREFILL_* are in force, as for every group.
+stamps of the last one, `repeats` times.
 
 Prints for each stamp of each visit how many CTAs have it and when, microseconds after the first stamp of the kernel on
 that rank: the mean over CTAs and repeats, the first and the last CTA (medians over repeats). Then the same of the time

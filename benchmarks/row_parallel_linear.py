@@ -14,9 +14,6 @@ rotate over 4 copies, so that L2 flatters nobody: the median over repeats of the
     fused            row_parallel_linear
     fused_plain      the same without programmatic launch: each kernel starts when the one before has ended
     fused_static     the same with static_weight: the weights are fetched while the op before ends
-    last             with --variants last: fused in a group made under SGLANG_SYMM_PREFILL_LAST=one_shot, where there is
-                     a prefill kernel for so many tokens
-    last_static      the same with static_weight
     limit            the longest of: bytes of w, x and y over --bandwidth (of a GPU's memory), multiplications over
                      --tflops, the bytes that a rank must send over --link; each as measured, or as the vendor says
 """
@@ -44,7 +41,6 @@ COPIES = 4
 ARENA = 1 << 30  # graphs of several ways keep their results at the same time
 # Of a GPU's memory in GB/s: the slope of cuBLAS' time over the weight's bytes.
 BANDWIDTH = {"H100": 2930.0, "H200": 4300.0}
-VARIANTS = {"last": {"SGLANG_SYMM_PREFILL_LAST": "one_shot"}}
 PEERS = ("nccl", "torch_one_shot", "torch_two_shot")
 Op = Callable[[int], Any]
 
@@ -105,9 +101,7 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": round(median, 2), "q1": round(low, 2), "q3": round(high, 2)}
 
 
-def make_ops(
-    m: int, n: int, k: int, group: Group, variants: dict[str, Group], buffer: torch.Tensor | None, nccl: bool
-) -> dict[str, Op]:
+def make_ops(m: int, n: int, k: int, group: Group, buffer: torch.Tensor | None, nccl: bool) -> dict[str, Op]:
     """Every way to do it, by label."""
     name, world = group.unique_name, dist.group.WORLD.group_name
     xs = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(COPIES)]
@@ -151,20 +145,7 @@ def make_ops(
     ops["fused_plain"] = plain
     ops["fused"] = lambda i: linear(xs[i], ws[i], None, name)
     ops["fused_static"] = lambda i: linear(xs[i], ws[i], None, name, True, True)
-    for label, other in variants.items() if m > 64 else ():
-        ops[label] = lambda i, name=other.unique_name: linear(xs[i], ws[i], None, name)
-        ops[f"{label}_static"] = lambda i, name=other.unique_name: linear(xs[i], ws[i], None, name, True, True)
     return ops
-
-
-def variant_group(label: str, rank: int) -> Group:
-    os.environ.update(VARIANTS[label])
-    group = Group(device="cuda", arena_bytes=ARENA)
-    for name in VARIANTS[label]:
-        del os.environ[name]
-    if rank == 0:
-        print(f"{label}: {group.info()['settings']['agreed']}", flush=True)
-    return group
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
@@ -176,10 +157,6 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
         "plain/gemm": row["fused_plain"]["median"] / row["gemm"]["median"],
         "static/all_reduce_": static / row["all_reduce_"]["median"],
     }
-    for label in VARIANTS:
-        if label in row:
-            found[f"{label}/fused"] = row[label]["median"] / plain
-            found[f"{label}_static/static"] = row[f"{label}_static"]["median"] / static
     peers = [row[p]["median"] for p in PEERS if p in row]
     if peers:
         found["static/peers"] = static / min(peers)
@@ -213,12 +190,11 @@ def plot(results: list[dict[str, Any]], path: str, title: str) -> None:
             "fused_plain",
             "fused",
             "fused_static",
-            *(f"{variant}_static" for variant in VARIANTS),
         ):
             some = [row for row in rows if label in row]
             if not some:
                 continue
-            ours = label.startswith(("fused", *VARIANTS))
+            ours = label.startswith("fused")
             panel.plot(
                 [row["m"] for row in some],
                 [row[label]["median"] / row["gemm"]["median"] for row in some],
@@ -281,9 +257,6 @@ def main() -> None:
         help="of a rank's weight (default 8192x4096 8192x14336)",
     )
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 2048])
-    parser.add_argument(
-        "--variants", nargs="*", choices=VARIANTS, default=[], help="of the prefill kernel, docs/fused.md"
-    )
     parser.add_argument("--plot", help="PNG file")
     parser.add_argument("--bandwidth", type=float, help="GB/s of memory, for `limit`; default: by the GPU's name")
     parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
@@ -302,7 +275,6 @@ def main() -> None:
     else:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     group = Group(device="cuda", arena_bytes=ARENA)
-    variants = {label: variant_group(label, rank) for label in args.variants}
     bench = Bench(group, args.ops, args.repeats)
     buffer = symm_mem.empty(max(n for n, _ in args.shapes) * max(args.tokens), dtype=torch.bfloat16, device="cuda")
     symm_mem.rendezvous(buffer, dist.group.WORLD.group_name)
@@ -311,7 +283,7 @@ def main() -> None:
         for m in args.tokens:
             row: dict[str, Any] = {"m": m, "n": n, "k": k, "limit": limit(m, n, k, size, args)}
             fused_before = group.info()["fused_calls"]
-            times = bench.time(make_ops(m, n, k, group, variants, buffer, not shared))
+            times = bench.time(make_ops(m, n, k, group, buffer, not shared))
             row.update({label: summary(found) for label, found in times.items()})
             row["is_fused"] = group.info()["fused_calls"] > fused_before
             row["ratios"] = ratios(row)
@@ -328,9 +300,6 @@ def main() -> None:
     if rank == 0 and args.plot:
         plot(results, args.plot, f"{size} ranks, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, bf16")
     dist.barrier()
-    for variant in variants.values():
-        variant.check()
-        variant.destroy()
     group.destroy()
     dist.destroy_process_group()
 

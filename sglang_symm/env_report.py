@@ -40,7 +40,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "SGLANG_SYMM_COMMIT": ("", "the commit that bench and tune write down, where there is no checkout"),
     "SGLANG_SYMM_SMS": ("all", "SMs of the GPU that this rank may fill (tools/mps_rig.py sets it)"),
     "SGLANG_SYMM_PROGRAMMATIC_LAUNCH": ("1", "0: a fused kernel starts when the one before has ended (measurements)"),
-    "SGLANG_SYMM_PREFILL_LAST": ("two_shot", "one_shot: the last tiles of prefill (measurements; docs/fused.md)"),
     "SYNC_TOKEN_IDS_ACROSS_TP": ("0", "1: the attention-TP group gets a symmetric communicator"),
 }
 OTHER_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_MPS_PIPE_DIRECTORY", "NCCL_DEBUG")

@@ -52,7 +52,7 @@ GridCuda grid_for(size_t chunks, int max_ctas) {
 }
 
 CollectivesCuda::CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> arena, SignalCpu& signal, int device,
-                                 int rank, int world_size, const LayoutCuda& layout, const RoomCuda& room)
+                                 int rank, int world_size, const LayoutCuda& layout, int max_ctas)
     : group_(std::move(group)),
       arena_(std::move(arena)),
       signal_(signal),
@@ -60,8 +60,7 @@ CollectivesCuda::CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> a
       rank_(rank),
       world_size_(world_size),
       layout_(layout),
-      max_ctas_(std::min(room.max_ctas, kMaxCtas)),
-      last_one_shot_(room.last_one_shot) {
+      max_ctas_(std::min(max_ctas, kMaxCtas)) {
   const DeviceScope scope(device_);
   for (int r = 0; r < world_size_; r++) call_.window[r] = arena_->window(r);
   call_.rank = rank_;

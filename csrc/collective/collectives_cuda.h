@@ -12,18 +12,12 @@
 
 namespace sglang_symm {
 
-// What a grid that waits may fill, so that all of it is resident, and how. The same on all ranks.
-struct RoomCuda {
-  int max_ctas;                // the SMs that kernels of this rank may fill
-  bool last_one_shot = false;  // of the prefill kernel, the last visit
-};
-
 class CollectivesCuda : public Collectives {
  public:
   // Collective, once all peers are attached: clears the fixed part, then proves every window by writing into it and
-  // reading from it.
+  // reading from it. max_ctas: the SMs that kernels of this rank may fill, the same on all ranks.
   CollectivesCuda(std::string group, std::shared_ptr<ArenaCuda> arena, SignalCpu& signal, int device, int rank,
-                  int world_size, const LayoutCuda& layout, const RoomCuda& room);
+                  int world_size, const LayoutCuda& layout, int max_ctas);
   // Waits for the device, then marks the group as broken for graphs that may be replayed.
   ~CollectivesCuda() override;
 
@@ -44,7 +38,6 @@ class CollectivesCuda : public Collectives {
   const LayoutCuda& layout() const { return layout_; }
   int device() const { return device_; }
   int max_ctas() const { return max_ctas_; }
-  bool last_one_shot() const { return last_one_shot_; }
   size_t arena_bytes() const { return arena_->bytes(); }
   std::vector<uint64_t> exchange(const Descriptor& descriptor, uint64_t offset) override {
     return signal_.exchange(descriptor, offset);
@@ -68,7 +61,6 @@ class CollectivesCuda : public Collectives {
   int world_size_;
   LayoutCuda layout_;
   int max_ctas_;
-  bool last_one_shot_;
   CallCuda call_{};  // without what differs from call to call
   // Given up by a constructor that raises, too: else no group could be made at these addresses again.
   RegisteredHost own_pad_;

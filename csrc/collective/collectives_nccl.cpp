@@ -63,8 +63,8 @@ std::string nccl_unique_id() {
 
 CollectivesNccl::CollectivesNccl(const Options& options, const CommunicatorNccl::Members& members,
                                  const std::shared_ptr<ArenaCuda>& arena, SignalCpu& signal, const LayoutCuda& layout,
-                                 const RoomCuda& room)
-    : CollectivesCuda(members.group, arena, signal, members.device, members.rank, members.world_size, layout, room),
+                                 int max_ctas)
+    : CollectivesCuda(members.group, arena, signal, members.device, members.rank, members.world_size, layout, max_ctas),
       rank_(members.rank) {
   auto* pad = reinterpret_cast<PadCuda*>(arena->window(members.rank));
   communicator_ = std::make_unique<CommunicatorNccl>(members, parse(options.unique_id), signal, pad);

@@ -17,8 +17,7 @@ class CollectivesNccl final : public CollectivesCuda {
   };
 
   CollectivesNccl(const Options& options, const CommunicatorNccl::Members& members,
-                  const std::shared_ptr<ArenaCuda>& arena, SignalCpu& signal, const LayoutCuda& layout,
-                  const RoomCuda& room);
+                  const std::shared_ptr<ArenaCuda>& arena, SignalCpu& signal, const LayoutCuda& layout, int max_ctas);
   // Waits for the device; the watching thread bounds that.
   ~CollectivesNccl() override;
 

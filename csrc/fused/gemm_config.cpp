@@ -81,7 +81,6 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
     wish.stages = row.stages;
     wish.one_shot = row.one_shot;
     wish.ctas = kPrefillCluster * clusters;
-    wish.last = s.last_one_shot && s.world_size == 2 ? 1 : 0;
     const PrefillConfig c = with_tokens(wish, s.m, s.n, s.world_size);
     const double waves = static_cast<double>(c.tiles_m) * c.tiles_n / clusters;
     if (s.world_size < row.min_world || s.world_size > row.max_world || s.m > row.max_m) continue;
@@ -115,15 +114,24 @@ size_t flag_bytes(const PrefillConfig& c, int world_size) {
   return (flags * sizeof(uint32_t) + kLine - 1) / kLine * kLine;
 }
 
+size_t slot_bytes_of_rounds(const PrefillConfig& c, int64_t tokens, int64_t m, int64_t n, int world_size) {
+  size_t most = 0;
+  for (const int64_t count : {tokens, (m - 1) % tokens + 1}) {
+    most = std::max(most, slot_bytes(with_tokens(c, count, n, world_size), world_size));
+  }
+  return most;
+}
+
 PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size) {
   c.tiles_m = over(m, kPrefillTokens);
   c.tiles_n = over(n, c.tile_n);
   const int64_t tiles = int64_t{c.tiles_m} * c.tiles_n;
   c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, kPrefillCluster * tiles));
-  // Of two waves the first would have all own tiles, which then wait for partials of the same visit.
+  // Two-shot between two ranks: the last wave's are both ranks'. Not of two waves: the first would have all own tiles,
+  // which then wait for partials of the same visit.
   const int64_t clusters = c.ctas / kPrefillCluster, waves = over(tiles, clusters);
-  const int64_t last_wave = waves == 2 ? 0 : tiles - (waves - 1) * clusters;
-  c.last = static_cast<int>(c.one_shot ? tiles : c.last > 0 ? last_wave : 0);
+  const int64_t last_wave = world_size == 2 && waves != 2 ? tiles - (waves - 1) * clusters : 0;
+  c.last = static_cast<int>(c.one_shot ? tiles : last_wave);
   c.share = over(tiles - c.last, world_size);
   return c;
 }

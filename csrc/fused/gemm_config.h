@@ -17,8 +17,6 @@ struct GemmShape {
   int64_t n;  // rows of the weight
   int world_size;
   int sms;  // that the rank may fill
-  // Of the prefill kernel between two ranks: both sum the tiles of the last wave, instead of their owners.
-  bool last_one_shot = false;
 };
 
 struct GemmConfig {
@@ -70,7 +68,7 @@ std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 // same: it says where a partial lies, and which CTAs wait for each other.
 std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
 
-// The same tiles for another number of tokens. A `last` of more than 0 becomes that of the last wave.
+// The same tiles for another number of tokens.
 PrefillConfig with_tokens(PrefillConfig config, int64_t m, int64_t n, int world_size);
 // A call whose result outgrows staging memory goes in rounds of at least this many tokens.
 constexpr int64_t kLeastRound = 1024;
@@ -84,6 +82,9 @@ size_t slot_bytes(const GemmConfig& config, int world_size);
 // Flags of partials, and behind them every source's part of the tiles that all ranks sum.
 size_t slot_bytes(const PrefillConfig& config, int world_size);
 size_t flag_bytes(const PrefillConfig& config, int world_size);
+// What any round of a call in rounds of `tokens` takes. The last one may have more tiles that both ranks sum than a
+// full one.
+size_t slot_bytes_of_rounds(const PrefillConfig& config, int64_t tokens, int64_t m, int64_t n, int world_size);
 // Dynamic shared memory a CTA.
 size_t shared_bytes(const GemmConfig& config);
 size_t shared_bytes(const PrefillConfig& config);

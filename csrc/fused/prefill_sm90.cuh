@@ -22,8 +22,9 @@
 //
 // Few tiles, one to a CTA (one_shot): nothing is left to hide under. Math warps push their accumulators to everybody's
 // slots, wait for the others', and store y here alone: one step over the link instead of two. Two-shot between two
-// ranks can do the same with the tiles of its last wave, which nothing follows either: they are nobody's, all ranks
-// visit them last and in the same order. The closing barrier is for the others, and has long been met then.
+// ranks does the same with the tiles of its last wave, which nothing follows either: they are nobody's, both ranks
+// visit them last and in the same order. The closing barrier is for the others, and has long been met then. Two waves
+// have no such tiles: own ones would be visited together with the other rank's.
 #pragma once
 
 #include "fused/prefill_mover_sm90.cuh"

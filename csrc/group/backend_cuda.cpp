@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstdlib>
-#include <string_view>
 
 #include "base/driver_cuda.h"
 #include "collective/collectives_nccl.h"
@@ -47,16 +46,6 @@ int usable_sms(int device) {
   return static_cast<int>(sms);
 }
 
-// For measurements: two_shot, or one_shot for the last tiles of the prefill kernel, where two ranks sum them both.
-bool last_one_shot() {
-  const char* text = std::getenv("SGLANG_SYMM_PREFILL_LAST");
-  const std::string_view wish = text == nullptr || *text == 0 ? "two_shot" : text;
-  if (wish != "two_shot" && wish != "one_shot") {
-    fail(ErrorKind::argument, "SGLANG_SYMM_PREFILL_LAST='", wish, "', expected two_shot or one_shot");
-  }
-  return wish == "one_shot";
-}
-
 class BackendCuda final : public Backend {
  public:
   explicit BackendCuda(GroupConfig* config)
@@ -81,7 +70,7 @@ class BackendCuda final : public Backend {
     }
     const size_t bytes = SegmentCuda::rounded(device_, std::max(config->arena_bytes, kMinArena));
     layout_ = LayoutCuda::of(bytes, world_size_);
-    room_ = {usable_sms(device_), last_one_shot()};
+    max_ctas_ = usable_sms(device_);
     arena_ = std::make_shared<ArenaCuda>(SegmentCuda::create(device_, bytes),
                                          ArenaLayout{layout_.heap, bytes, kAlignment}, rank_, device_);
     base_ = arena_;
@@ -90,8 +79,7 @@ class BackendCuda final : public Backend {
   const std::shared_ptr<Arena>& arena() const override { return base_; }
   size_t slot_bytes() const override { return layout_.slot_bytes; }
   std::string settings() const override {
-    return cat("arena_bytes=", arena_->bytes(), " slot_bytes=", layout_.slot_bytes, " max_ctas=", room_.max_ctas,
-               " prefill_last=", room_.last_one_shot ? "one_shot" : "two_shot");
+    return cat("arena_bytes=", arena_->bytes(), " slot_bytes=", layout_.slot_bytes, " max_ctas=", max_ctas_);
   }
   void attach(int peer, Fd fd) override {
     arena_->attach(peer, SegmentCuda::import(device_, std::move(fd), arena_->bytes(), peer));
@@ -100,9 +88,9 @@ class BackendCuda final : public Backend {
     if (nccl_) {
       const CollectivesNccl::Options options{nccl_id, nccl_window_};
       const CommunicatorNccl::Members members{name_, rank_, world_size_, device_};
-      return std::make_unique<CollectivesNccl>(options, members, arena_, signal, layout_, room_);
+      return std::make_unique<CollectivesNccl>(options, members, arena_, signal, layout_, max_ctas_);
     }
-    return std::make_unique<CollectivesCuda>(name_, arena_, signal, device_, rank_, world_size_, layout_, room_);
+    return std::make_unique<CollectivesCuda>(name_, arena_, signal, device_, rank_, world_size_, layout_, max_ctas_);
   }
 
  private:
@@ -114,7 +102,7 @@ class BackendCuda final : public Backend {
   bool nccl_;
   bool nccl_window_;
   int device_ = 0;
-  RoomCuda room_{1};
+  int max_ctas_ = 1;
   LayoutCuda layout_{};
   std::shared_ptr<ArenaCuda> arena_;
   std::shared_ptr<Arena> base_;

@@ -103,7 +103,7 @@ bool prefill(const Call& c) {
   const int world = c.group.world_size();
   const LayoutCuda& layout = c.collectives.layout();
   const int64_t m = c.x.size(0), n = c.weight.size(0);
-  const auto config = choose_prefill({m, n, world, c.collectives.max_ctas(), c.collectives.last_one_shot()});
+  const auto config = choose_prefill({m, n, world, c.collectives.max_ctas()});
   if (!config) return false;
   const int64_t most = tokens_a_round(*config, m, n, world, layout.staging_bytes);
   if (most == 0) {
@@ -111,11 +111,7 @@ bool prefill(const Call& c) {
                     layout.staging_bytes);
     return false;
   }
-  // The last round may have more tiles that both ranks sum than a full one.
-  size_t slots = 0;
-  for (const int64_t tokens : {most, (m - 1) % most + 1}) {
-    slots = std::max(slots, slot_bytes(with_tokens(*config, tokens, n, world), world));
-  }
+  const size_t slots = slot_bytes_of_rounds(*config, most, m, n, world);
   if (slots > layout.slot_bytes) {
     warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
     return false;

@@ -87,13 +87,18 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{256, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{300, 8192, 2, 132}, ""},  // half of the products would be of nothing
       {{512, 8192, 2, 132}, ""},  // one wave of wide tiles: nothing to hide under
+      // Two waves: owners sum all tiles.
       {{1024, 8192, 2, 132}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, two-shot"},
       {{1280, 8192, 2, 132}, ""},  // a third wave for a few tiles
-      {{2048, 8192, 2, 132}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot"},
+      {{1536, 8192, 2, 132}, "256x256 tiles, 6 x 32 in 132 CTAs, 3 stages, two-shot, the last 60 one-shot"},
+      {{2048, 8192, 2, 132}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"},
+      {{2048, 8192, 2, 128}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, two-shot, the last 64 one-shot"},
       {{2048, 4096, 2, 132}, "256x256 tiles, 8 x 16 in 132 CTAs, 3 stages, two-shot"},
       {{256, 4096, 2, 132}, ""},   // half of the SMs would idle
       {{512, 4096, 2, 132}, ""},   // one wave of wide tiles
       {{256, 14336, 2, 132}, ""},  // a second wave for a few tiles
+      // Three waves, but more than two ranks: owners sum the last one, too.
+      {{256, 8192, 3, 44}, "256x128 tiles, 1 x 64 in 44 CTAs, 6 stages, two-shot"},
       {{256, 8192, 4, 32}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
       {{1024, 8192, 4, 32}, ""},
       {{256, 8192, 8, 16}, ""},
@@ -101,13 +106,6 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{256, 8190, 2, 132}, ""},
       {{256, 8192, 1, 132}, ""},
       {{2048, 8192, 2, 1}, ""},
-      // Where the last tiles are both ranks'.
-      {{256, 8192, 2, 132, true}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
-      {{1024, 8192, 2, 132, true}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, two-shot"},  // two waves
-      {{1536, 8192, 2, 132, true}, "256x256 tiles, 6 x 32 in 132 CTAs, 3 stages, two-shot, the last 60 one-shot"},
-      {{2048, 8192, 2, 132, true}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"},
-      {{2048, 8192, 2, 128, true}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, two-shot, the last 64 one-shot"},
-      {{256, 8192, 4, 32, true}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
   };
   for (const Row& row : rows) {
     const auto config = choose_prefill(row.shape);
@@ -120,33 +118,31 @@ TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
   for (const int world : {2, 3, 4, 8, 16}) {
     for (const int64_t m : {65, 256, 300, 1000, 2048, 8192}) {
       for (const int64_t n : {8192, 8200, 14336}) {
-        for (const bool last : {false, true}) {
-          const auto c = choose_prefill({m, n, world, 132, last});
-          if (!c) continue;
-          EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
-          EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
-          const int tiles = c->tiles_m * c->tiles_n;
-          EXPECT_GE(c->share * world + c->last, tiles);
-          EXPECT_TRUE(!c->one_shot || c->last == tiles);
-          const int clusters = c->ctas / kPrefillCluster;
-          EXPECT_EQ(c->last > 0, c->one_shot || (last && world == 2 && tiles > 2 * clusters));
-          if (c->last > 0) {
-            EXPECT_EQ((tiles - c->last) % clusters, 0) << "the last are a wave, or all";
-          }
-          EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
-          EXPECT_EQ(c->ctas % kPrefillCluster, 0);
-          EXPECT_LE(c->ctas, 132) << "all of it must be resident";
-          EXPECT_EQ(is_for_two_ranks(c->one_shot, c->tile_n), world == 2);
-          const size_t result = static_cast<size_t>(m * n) * 2;
-          EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
+        const auto c = choose_prefill({m, n, world, 132});
+        if (!c) continue;
+        EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
+        EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
+        const int tiles = c->tiles_m * c->tiles_n;
+        EXPECT_GE(c->share * world + c->last, tiles);
+        EXPECT_TRUE(!c->one_shot || c->last == tiles);
+        const int clusters = c->ctas / kPrefillCluster;
+        EXPECT_EQ(c->last > 0, c->one_shot || (world == 2 && tiles > 2 * clusters));
+        if (c->last > 0) {
+          EXPECT_EQ((tiles - c->last) % clusters, 0) << "the last are a wave, or all";
         }
+        EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
+        EXPECT_EQ(c->ctas % kPrefillCluster, 0);
+        EXPECT_LE(c->ctas, 132) << "all of it must be resident";
+        EXPECT_EQ(is_for_two_ranks(c->one_shot, c->tile_n), world == 2);
+        const size_t result = static_cast<size_t>(m * n) * 2;
+        EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
       }
     }
   }
 }
 
 TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
-  const auto c = choose_prefill({2048, 8192, 2, 132, true});
+  const auto c = choose_prefill({2048, 8192, 2, 132});
   ASSERT_TRUE(c);
   EXPECT_EQ(c->last, 58);
   EXPECT_EQ(c->share, 99);
@@ -169,6 +165,10 @@ TEST(PrefillConfig, ARoundHoldsWhatStagingMemoryHolds) {
   EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{31} << 20), 1792);
   EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{16} << 20), 1024);
   EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{15} << 20), 0);
+  // 3328 tokens go as 1792, whose last wave has 26 tiles, and 1536, with 60.
+  EXPECT_EQ(tokens_a_round(*c, 3328, 8192, 2, size_t{32} << 20), 1792);
+  EXPECT_EQ(slot_bytes_of_rounds(*c, 1792, 3328, 8192, 2), slot_bytes(with_tokens(*c, 1536, 8192, 2), 2));
+  EXPECT_EQ(slot_bytes_of_rounds(*c, 1792, 1792, 8192, 2), slot_bytes(with_tokens(*c, 1792, 8192, 2), 2));
   const auto one_shot = choose_prefill({200, 8192, 2, 132});
   ASSERT_TRUE(one_shot);
   EXPECT_EQ(tokens_a_round(*one_shot, 200, 8192, 2, 0), 200);

@@ -80,25 +80,23 @@ def fused(rank: int, size: int) -> Iterator[tuple[str, bool]]:
 
 
 def prefill(rank: int, size: int) -> Iterator[tuple[str, bool]]:
-    """Every form of the kernel for many tokens."""
+    """Every form of the kernel for many tokens: one-shot, two-shot, and two-shot whose last tiles both ranks sum."""
     import torch
 
     from sglang_symm.distributed.group import Group
     from tests.gpu.test_fused import Case, fused_calls, same
 
-    for last in ("two_shot", "one_shot"):
-        os.environ["SGLANG_SYMM_PREFILL_LAST"] = last
-        group = Group(device="cuda", timeout=120.0, arena_bytes=512 << 20)
-        for dtype in (torch.bfloat16, torch.float16):
-            for m, n, k in ((200, 8192, 136), (1000, 8000, 72)):
-                case = Case(size, m, n, k, dtype, seed=m, bias=m == 200)
-                before = fused_calls(group)
-                for static in (False, True):
-                    y = case.call(group, rank, static_weight=static)
-                    yield f"fused {dtype} {m} x {n} x {k}, last {last}, static {static}", same(y, case.expected())
-                assert fused_calls(group) == before + 2
-        group.check()
-        group.destroy()
+    group = Group(device="cuda", timeout=120.0, arena_bytes=512 << 20)
+    for dtype in (torch.bfloat16, torch.float16):
+        for m, n, k in ((200, 8192, 136), (1000, 8000, 72), (1500, 8000, 72)):
+            case = Case(size, m, n, k, dtype, seed=m, bias=m == 200)
+            before = fused_calls(group)
+            for static in (False, True):
+                y = case.call(group, rank, static_weight=static)
+                yield f"fused {dtype} {m} x {n} x {k}, static {static}", same(y, case.expected())
+            assert fused_calls(group) == before + 2
+    group.check()
+    group.destroy()
 
 
 def norm(rank: int, size: int) -> Iterator[tuple[str, bool]]:

@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.distributed_cases import gather_objects
 from tests.gpu.test_fused import CALLS, DTYPES, LIMIT, Case, digest, fused_calls, linear, same, sentence
@@ -22,25 +21,10 @@ WIDE = 128 * CLUSTERS * (1 if int(os.environ.get("WORLD_SIZE", "1")) <= 2 else 2
 
 
 @pytest.fixture(scope="module")
-def form(request, world):
-    """Who sums the last tiles, for every group that is made meanwhile."""
-    last = getattr(request, "param", "two_shot")
-    if last == "one_shot" and dist.get_world_size() != 2:
-        pytest.skip("two ranks alone sum the last tiles together")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_SYMM_PREFILL_LAST", last)
-        yield last
-
-
-EVERY_FORM = pytest.mark.parametrize("form", ["two_shot", "one_shot"], indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def group(world, form):
+def group(world):
     from sglang_symm.distributed.group import Group
 
     group = Group(device="cuda", timeout=20.0, arena_bytes=512 << 20)
-    assert f" prefill_last={form} " in group.info()["settings"]["agreed"]
     yield group
     torch.cuda.synchronize()
     group.destroy()
@@ -67,7 +51,6 @@ def is_fused(size, m, n=WIDE):
     return one_shot or (m >= 0.9 * 256 * tiles_m and fills(waves(256), 1.85))
 
 
-@EVERY_FORM
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(WIDE, 200), (WIDE - 192, 72)])
 def test_every_number_of_tokens_gives_the_bits_of_the_ordered_sum(group, rank, size, dtype, n, k):
@@ -107,7 +90,6 @@ def test_real_numbers_are_within_a_rounding_of_each_partial_and_of_the_sum(group
         assert len(set(gather_objects(digest(y)))) == 1
 
 
-@EVERY_FORM
 @pytest.mark.parametrize("m", [16, 200, 1400])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_any_two_numbers_are_those_of_fp32_rounded_once(group, rank, size, dtype, m):
@@ -196,10 +178,7 @@ def test_parts_of_k_that_are_and_are_not_multiples_of_8_are_one_call(group, rank
     assert fused_calls(group) == before + 4 * (m <= 64 or is_fused(size, m))
 
 
-@EVERY_FORM
-def test_a_result_that_outgrows_staging_memory_goes_in_rounds_and_too_small_an_arena_is_told(
-    form, make, rank, size, capfd
-):
+def test_a_result_that_outgrows_staging_memory_goes_in_rounds_and_too_small_an_arena_is_told(make, rank, size, capfd):
     case = Case(size, 4000, 4000, 136, torch.bfloat16, bias=True)
     want = case.expected()
     if size > 2:
@@ -214,7 +193,37 @@ def test_a_result_that_outgrows_staging_memory_goes_in_rounds_and_too_small_an_a
     assert "bytes are enough" in capfd.readouterr().err
 
 
-@EVERY_FORM
+def test_the_last_of_the_rounds_may_have_more_tiles_that_both_ranks_sum(make, rank, size):
+    if size != 2:
+        pytest.skip("between two ranks alone")
+    # 1792 tokens are 3.5 waves of tiles of 256 rows, and the other 1536 are 3, on a GPU or a part of one. The arena is
+    # as large as staging memory for the first of them asks, to 2 MB.
+    m, n = 3328, WIDE
+    group = make(arena_bytes=-(-16 * 1792 * n * 2 >> 21) << 21)
+    case = Case(size, m, n, 136, torch.bfloat16, bias=True)
+    want = case.expected()
+    for static in (False, True, False):
+        assert same(case.call(group, rank, static_weight=static), want)
+    assert fused_calls(group) == 3 * is_fused(size, m, n)
+    group.check()
+
+
+def test_slots_that_are_too_small_for_the_tiles_that_both_ranks_sum_are_told(make, rank, size, capfd):
+    if size != 2:
+        pytest.skip("between two ranks alone")
+    # Rounds of 1024 tokens, each a wave that both ranks sum: tiles are whole, 256 x 256, and the result is not.
+    m, n = 4096, 256 * (CLUSTERS // 4) - 248
+    group = make(arena_bytes=-(-16 * 1024 * n * 2 >> 21) << 21)
+    case = Case(size, m, n, 136, torch.bfloat16, bias=True)
+    assert is_fused(size, m, n)
+    assert same(case.call(group, rank), case.expected())
+    assert fused_calls(group) == 0
+    told = capfd.readouterr().err
+    assert "bytes of slots" in told
+    assert "bytes are enough" in told
+    group.check()
+
+
 def test_random_calls_differ_in_no_bit_on_any_rank_in_any_run(group, rank, size):
     shapes = random.Random(6)
     cases = []
@@ -237,7 +246,6 @@ def test_random_calls_differ_in_no_bit_on_any_rank_in_any_run(group, rank, size)
     group.check()
 
 
-@EVERY_FORM
 def test_graphs_replay_among_eager_calls_and_other_ops(group, rank, size):
     cases = [Case(size, m, WIDE, 264, torch.bfloat16, seed=m) for m in (220, 256, 700, 1400)]
     wants = [case.expected().view(torch.int16) for case in cases]
@@ -285,7 +293,6 @@ def test_a_weight_written_by_the_kernel_before_is_read_as_written(group, rank, s
     assert wrong.item() == 0
 
 
-@EVERY_FORM
 @pytest.mark.parametrize("m", [200, 1400])
 def test_a_missing_rank_is_named_without_a_trap(make, group, rank, size, m):
     broken = make(timeout=LIMIT, first_timeout=20, arena_bytes=512 << 20)

@@ -287,12 +287,6 @@ PrefillConfig prefill_config(int world, int m, int n, int clusters, bool one_sho
   return with_tokens(config, m, n, world);
 }
 
-// The same, but both ranks sum the tiles of the last wave.
-PrefillConfig last_one_shot(PrefillConfig config, int m, int n) {
-  config.last = 1;
-  return with_tokens(config, m, n, 2);
-}
-
 Options any_options(int world, std::mt19937_64& random) {
   Options options;
   options.bias = random() % 2 == 0;
@@ -393,13 +387,17 @@ TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
       const DType dtype = kTypes[random() % 2];
       Gpus gpus(world, random(), 1e6, 2, 8 << 20);
       const int m = any({70, 200, 256, 300}, random), tiles = (m + 255) / 256;
-      const int most = tile_rows(world, false) * any({1, 2, 3, 4}, random) / tiles;
-      const int n = std::max(most, 128) - 8 * static_cast<int>(random() % 16);
       const int clusters = any({1, 2}, random);
+      // Between two ranks, two waves: tiles of one, or the last of three, are both ranks'.
+      const int wide = world > 2 ? any({1, 2, 3, 4}, random) : clusters == 1 ? 2 : any({3, 4}, random);
+      const int n = std::max(tile_rows(world, false) * wide / tiles, 128) - 8 * static_cast<int>(random() % 16);
       std::deque<Linear> calls;
       for (int i = 0; i < 2; i++) {
         const PrefillConfig config = prefill_config(world, m, n, clusters, false, any({2, 3}, random));
-        calls.emplace_back(gpus, config, dtype, m, n, any_options(world, random), random).enqueue(gpus);
+        ASSERT_EQ(config.last, 0);
+        Options options = any_options(world, random);
+        if (i == 1) options.wild = true;
+        calls.emplace_back(gpus, config, dtype, m, n, options, random).enqueue(gpus);
       }
       gpus.run();
       for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
@@ -421,8 +419,8 @@ TEST(FusedCuda, PrefillTwoShotWithTheLastVisitOneShotGivesTheSameBits) {
                 tiles = clusters == 1 ? any({1, 3, 4}, random) : any({2, 5, 6, 7}, random);
       const int rows = tiles % 2 == 0 ? 2 : 1, m = (rows == 2 ? 256 : 0) + any({70, 150}, random);
       const int n = tile_rows(2, false) * tiles / rows - 8 * static_cast<int>(random() % 16);
-      PrefillConfig config = prefill_config(2, m, n, clusters, false, any({2, 3}, random));
-      if (random() % 4 != 0) config = last_one_shot(config, m, n);
+      const PrefillConfig config = prefill_config(2, m, n, clusters, false, any({2, 3}, random));
+      ASSERT_EQ(config.last, tiles % clusters == 0 ? clusters : 1);
       calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
     }
     gpus.run();
@@ -433,20 +431,25 @@ TEST(FusedCuda, PrefillTwoShotWithTheLastVisitOneShotGivesTheSameBits) {
 
 TEST(FusedCuda, TheTablesOwnChoicesRun) {
   std::mt19937_64 random(1);
-  for (const int world : {2, 3, 4}) {
-    for (const bool one_shot : {true, false}) {
-      if (one_shot && world > 2) continue;
-      const int m = 250, n = tile_rows(world, one_shot) * (one_shot ? 1 : world) - 8;
-      const auto config = choose_prefill({m, n, world, kPrefillCluster});
-      ASSERT_TRUE(config.has_value());
-      EXPECT_EQ(config->one_shot, one_shot);
-      Gpus gpus(world, random(), 1e6, 2, 8 << 20);
-      Linear call(gpus, *config, DType::bfloat16, m, n, {.bias = true, .static_weight = true}, random);
-      call.enqueue(gpus);
-      gpus.run();
-      EXPECT_EQ(call.wrong(), "");
-      expect_at_rest(gpus);
-    }
+  const struct {
+    int world, n;
+    const char* text;
+  } rows[] = {{2, 120, "256x128 tiles, 1 x 1 in 2 CTAs, 6 stages, one-shot"},
+              {2, 504, "256x256 tiles, 1 x 2 in 2 CTAs, 3 stages, two-shot"},
+              {2, 760, "256x256 tiles, 1 x 3 in 2 CTAs, 3 stages, two-shot, the last 1 one-shot"},
+              {3, 376, "256x128 tiles, 1 x 3 in 2 CTAs, 6 stages, two-shot"},
+              {4, 504, "256x128 tiles, 1 x 4 in 2 CTAs, 6 stages, two-shot"}};
+  for (const auto& [world, n, text] : rows) {
+    const int m = 250;
+    const auto config = choose_prefill({m, n, world, kPrefillCluster});
+    ASSERT_TRUE(config.has_value());
+    EXPECT_EQ(to_string(*config), text);
+    Gpus gpus(world, random(), 1e6, 2, 8 << 20);
+    Linear call(gpus, *config, DType::bfloat16, m, n, {.bias = true, .static_weight = true}, random);
+    call.enqueue(gpus);
+    gpus.run();
+    EXPECT_EQ(call.wrong(), "");
+    expect_at_rest(gpus);
   }
 }
 
@@ -460,11 +463,8 @@ Config any_config(int world, int* m, int* n, std::mt19937_64& random) {
   }
   *m = any({66, 150}, random);
   const bool one_shot = world == 2 && random() % 2 == 0;
-  *n = one_shot ? 136 : 128 * world - 8 * static_cast<int>(random() % 3);
-  if (world == 2 && !one_shot && random() % 2 == 0) {
-    *n = 2 * tile_rows(world, one_shot) + 8;  // three waves
-    return last_one_shot(prefill_config(world, *m, *n, 1, one_shot), *m, *n);
-  }
+  const int tiles = world == 2 ? any({2, 3}, random) : world;  // as many waves
+  *n = one_shot ? 136 : tile_rows(world, one_shot) * tiles - 8 * static_cast<int>(random() % 3);
   return prefill_config(world, *m, *n, 1, one_shot);
 }
 
@@ -532,7 +532,7 @@ std::vector<Kind> every_kind(uint64_t seeds) {
                        {2, 100, 136, prefill_config(2, 100, 136, 2, true)},
                        {2, 100, 504, prefill_config(2, 100, 504, 1, false)},
                        {3, 100, 376, prefill_config(3, 100, 376, 2, false)},
-                       {2, 100, 760, last_one_shot(prefill_config(2, 100, 760, 1, false), 100, 760)}};
+                       {2, 100, 760, prefill_config(2, 100, 760, 1, false)}};
   std::vector<Kind> all;
   for (uint64_t seed = 0; seed < seeds; seed++) {
     for (const Kind& kind : each) all.push_back(kind), all.back().seed = seed;

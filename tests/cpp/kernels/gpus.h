@@ -60,8 +60,7 @@ class Gpus {
     for (int r = 0; r < size; r++) {
       threads.emplace_back([&, r] {
         Gpu& gpu = (*this)[r];
-        gpu.collectives =
-            std::make_unique<CollectivesCuda>("g", gpu.arena, *gpu.signal, 0, r, size, layout, RoomCuda{max_ctas});
+        gpu.collectives = std::make_unique<CollectivesCuda>("g", gpu.arena, *gpu.signal, 0, r, size, layout, max_ctas);
       });
     }
     for (std::thread& thread : threads) thread.join();
