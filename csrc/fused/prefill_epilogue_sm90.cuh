@@ -135,12 +135,22 @@ struct PrefillEpilogue {
     if (a.bias != nullptr) add_bias(at.column + 32 * (c >> 1), total);
     return make_uint4(Type::round(&total[0]), Type::round(&total[2]), Type::round(&total[4]), Type::round(&total[6]));
   }
+  // Of the one-shot instance, which does nothing else for a long k: read as rows, 16 bytes a load, and turned, which is
+  // its own inverse. Elsewhere few instructions are what counts.
   __device__ __forceinline__ uint4 product(const PrefillPlace& at, int c) const {
-    const int row = token(at, c), column = at.column + 32 * (c >> 1) + 8 * (lane & 3);
-    const auto* words = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
-    const bool inside = row < a.m && column < a.n;
-    // Read as rows and turned, which is its own inverse: a load of 16 bytes, not four of 4.
-    return row_of_quad(inside ? *reinterpret_cast<const uint4*>(words) : make_uint4(0, 0, 0, 0), lane);
+    constexpr int kWords = T::kOneShot ? 4 : 1;  // a load
+    using Loaded = std::conditional_t<T::kOneShot, uint4, uint32_t>;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    auto* words = reinterpret_cast<Loaded*>(&v);
+    const int row = token(at, c);
+#pragma unroll
+    for (int q = 0; q < 4 / kWords; q++) {
+      const int column = at.column + 32 * (c >> 1) + 8 * q + 2 * kWords * (lane & 3);
+      if (row >= a.m || column >= a.n) continue;
+      const auto* from = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
+      words[q] = *reinterpret_cast<const Loaded*>(from);
+    }
+    return T::kOneShot ? row_of_quad(v, lane) : v;
   }
   __device__ __forceinline__ void add_bias(int column, float (&total)[8]) const {
 #pragma unroll

@@ -116,9 +116,10 @@ bool prefill(const Call& c) {
     warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
     return false;
   }
-  // Where every CTA has one tile, cuBLAS is faster from about this many columns on (K = 4096 45 us for 50 with it and
-  // an all-reduce, K = 14336 119 for 114). How a rank multiplies is its own affair, as its part of k is.
-  constexpr int64_t kLong = 8192;
+  // Where every CTA has one tile, cuBLAS is faster from about this many columns on (two H200s, us, the kernel's product
+  // and cuBLAS with an all-reduce: K = 4096 40.6, 41.2; 6144 51.4, 51.3; 8192 63.8, 62.0; 14336 106.8, 103.1). How a
+  // rank multiplies is its own affair, as its part of k is.
+  constexpr int64_t kLong = 6144;
   const Operands operands(c.x, c.weight, config->one_shot && c.x.size(1) > kLong);
   const at::Tensor bias = whole_words(c.bias);
   // Two-shot sends y to every rank's arena; elsewhere it is copied from there. One-shot stores it here alone.

@@ -81,9 +81,8 @@ TEST(PrefillConfig, FollowsTheTable) {
   const Row rows[] = {
       {{64, 8192, 2, 132}, ""},
       {{128, 8192, 2, 132}, ""},
-      {{191, 8192, 2, 132}, ""},  // a quarter of the products and more would be of nothing
-      {{192, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
-      {{200, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
+      {{240, 8192, 2, 132}, ""},  // products of nothing cost more than the fusion gains
+      {{241, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{256, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{300, 8192, 2, 132}, ""},  // half of the products would be of nothing
       {{512, 8192, 2, 132}, ""},  // one wave of wide tiles: nothing to hide under
@@ -169,9 +168,9 @@ TEST(PrefillConfig, ARoundHoldsWhatStagingMemoryHolds) {
   EXPECT_EQ(tokens_a_round(*c, 3328, 8192, 2, size_t{32} << 20), 1792);
   EXPECT_EQ(slot_bytes_of_rounds(*c, 1792, 3328, 8192, 2), slot_bytes(with_tokens(*c, 1536, 8192, 2), 2));
   EXPECT_EQ(slot_bytes_of_rounds(*c, 1792, 1792, 8192, 2), slot_bytes(with_tokens(*c, 1792, 8192, 2), 2));
-  const auto one_shot = choose_prefill({200, 8192, 2, 132});
+  const auto one_shot = choose_prefill({250, 8192, 2, 132});
   ASSERT_TRUE(one_shot);
-  EXPECT_EQ(tokens_a_round(*one_shot, 200, 8192, 2, 0), 200);
+  EXPECT_EQ(tokens_a_round(*one_shot, 250, 8192, 2, 0), 250);
 }
 
 }  // namespace
