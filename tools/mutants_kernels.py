@@ -230,8 +230,16 @@ MUTANTS = [
     KernelMutant(
         "decode: a stage is released before it has been read",
         "fused/decode_sm90.cuh",
-        "    wgmma_wait_all();\n    if (lane == 0) barrier_arrive(&ring.empty[at->stage]);\n",
-        "    if (lane == 0) barrier_arrive(&ring.empty[at->stage]);\n    wgmma_wait_all();\n",
+        "      wgmma_wait_all();\n      release(at->stage);\n",
+        "      release(at->stage);\n      wgmma_wait_all();\n",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
+        "decode: between more ranks a stage is released while its MMAs run",
+        "fused/decode_sm90.cuh",
+        "      wgmma_wait_previous();\n      if (before >= 0) release(before);\n",
+        "      wgmma_wait_previous();\n      release(at->stage);\n",
         FUSED_DECODE,
         (DECODE,),
     ),

@@ -16,7 +16,7 @@ Kernel find_kernel(const GemmConfig& c, int* threads) {
   const auto offer = [&](auto tile) {
     using T = decltype(tile);
     if (c.max_world != T::kWorld || c.tile_n != T::kTileN || c.tile_m != T::kTileM || c.boxes != T::kBoxes) return;
-    if (c.reducers != T::kReducers || c.stages > kMaxStages) return;
+    if (c.reducers != T::kReducers || c.stages > kMaxStages || c.stages < T::kLeastStages) return;
     found = &decode<T>;
     *threads = T::kThreads;
   };

@@ -84,6 +84,10 @@ __device__ __forceinline__ void multiply(const DecodeCuda& a, const Ring& ring, 
 #pragma unroll
     for (int i = 0; i < T::kTileM / 2; i++) d[half][i] = 0.0f;
   }
+  int before = -1;  // the stage whose MMAs may still run
+  const auto release = [&](int stage) {
+    if (lane == 0) barrier_arrive(&ring.empty[stage]);
+  };
 #pragma unroll 1
   for (int k = 0; k < a.k_steps; k++) {
     barrier_wait(&ring.full[at->stage], at->parity);
@@ -102,9 +106,19 @@ __device__ __forceinline__ void multiply(const DecodeCuda& a, const Ring& ring, 
       }
     }
     wgmma_commit();
-    wgmma_wait_all();
-    if (lane == 0) barrier_arrive(&ring.empty[at->stage]);
+    if constexpr (T::kOverlapped) {
+      wgmma_wait_previous();
+      if (before >= 0) release(before);
+      before = at->stage;
+    } else {
+      wgmma_wait_all();
+      release(at->stage);
+    }
     at->next(ring.stages);
+  }
+  if constexpr (T::kOverlapped) {
+    wgmma_wait_all();
+    if (before >= 0) release(before);
   }
 }
 

@@ -44,6 +44,10 @@ struct Tile {
   static constexpr int kMathWarps = 4;
   static constexpr int kProducer = kMathWarps + kReducers;  // the last warp
   static constexpr int kThreads = (kProducer + 1) * kWarp;
+  // The MMAs of a stage run while those of the next are issued, for a stage less under way. Between two ranks that is
+  // the worse: their CTAs have an SM each, and wait for memory.
+  static constexpr bool kOverlapped = kWorld > 2;
+  static constexpr int kLeastStages = kOverlapped ? 2 : 1;
   // Few enough for two CTAs on an SM where shared memory has room for them: the next kernel's weights then stream while
   // this one's last tiles are summed (P = 4, 16 tokens, K = 2048 on a shared GPU: 37.5 us for 38.5).
   static constexpr int kRegisters = kWorld > 2 && kTileM == 16 ? 112 : 128;
