@@ -129,9 +129,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="file for what is printed, of all ranks")
     args = parser.parse_args()
+    require_launcher("prefill_trace")
     if not hasattr(torch.ops.sglang_symm, "_prefill_trace"):
         raise SystemExit("prefill_trace: this library writes no stamps. Build it with SGLANG_SYMM_TRACE=1")
-    require_launcher("prefill_trace")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
