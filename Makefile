@@ -29,7 +29,7 @@ help: ## this list
 
 # --- environment ----------------------------------------------------------------------------------------------------
 
-venv: $(STAMPS)/torch ## the virtual environment with torch $(TORCH)
+venv: $(STAMPS)/torch ## the virtual environment with torch of version TORCH
 
 $(STAMPS)/torch: tools/make_venv.py
 	$(PYTHON) tools/make_venv.py $(VENV) --torch $(TORCH)

@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 import torch.nn.functional as F
 
+from sglang_symm.bench import commit, launched
 from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.launch import require_launcher
 
@@ -145,9 +148,15 @@ def main() -> None:
         )
     if rank == 0 and args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file, indent=1
-            )
+            head = {
+                "date": time.strftime("%Y-%m-%d"),
+                "commit": commit(),
+                "device": torch.cuda.get_device_name(),
+                "ranks": dist.get_world_size(),
+                "torch": torch.__version__,
+                "command": launched(*sys.argv),
+            }
+            json.dump({**head, "rows": rows}, file, indent=1)
     torch.cuda.synchronize()
     group.destroy()
     dist.destroy_process_group()

@@ -33,7 +33,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -46,6 +45,7 @@ import torch.distributed._symmetric_memory as symm_mem
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang_symm.bench import commit, launched
 from sglang_symm.decode_graphs import DecodeGraphs
 from sglang_symm.distributed import ForwardBatch, destroy_model_parallel, initialize_model_parallel
 from sglang_symm.distributed.launch import require_launcher
@@ -354,18 +354,17 @@ def line(row: dict[str, Any]) -> str:
 
 
 def report(args: argparse.Namespace, state: Any, results: list[Any], progress: Progress) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "what": f"a step of a Llama-3-{args.shape} with random weights, bf16, in CUDA graphs, milliseconds",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": os.environ.get("SGLANG_SYMM_COMMIT", "") or commit,
+        "commit": commit(),
         "device": torch.cuda.get_device_name(),
         "ranks": state.tp_size,
         "layers": args.layers,
         "context": args.context,
         "torch": torch.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "command": " ".join(sys.argv),
+        "command": launched(*sys.argv),
         "results": results,
         "failed": progress.failed,
         "group": state.tp.info(),

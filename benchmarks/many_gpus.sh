@@ -20,10 +20,19 @@ OUT=$(realpath -m "${OUT:-many_gpus}")
 STEPS=${STEPS:-tests bench linear tune layers smollm2}
 QUICK=${QUICK:-0}
 BUDGET=${BUDGET:-530}
-PYTHON=${PYTHON:-python3}
+venv=$PWD/.venv/bin/python
+[[ -x $venv ]] || venv=python3
+PYTHON=${PYTHON:-$venv}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export NCCL_NVLS_ENABLE=0 # no NVLink multicast: peers without it, as this library is
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+if ! GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null); then
+    echo "many_gpus.sh: $PYTHON cannot import torch: expected one that can (make venv, or PYTHON=...)" >&2
+    exit 2
+fi
+if ((GPUS < 2)); then
+    echo "many_gpus.sh: torch sees $GPUS GPUs, at least 2 are needed" >&2
+    exit 2
+fi
 P=${1:-$GPUS}
 if ((P < 2 || P > GPUS)); then
     echo "many_gpus.sh: expected 2 to $GPUS ranks, a GPU each, got $P" >&2
@@ -82,11 +91,11 @@ if wanted tune; then
     run tune 60 "$PYTHON" -m sglang_symm tune --device cuda -n "$P" "${range[@]}" -o "$work/tables"
 fi
 if wanted tests; then
-    tests=(tests/gpu) llama=(tests/gpu/test_llama.py)
-    ((QUICK)) && tests=(tests/gpu/test_collectives.py -k "all_reduce") llama=()
+    tests=(tests/gpu) llama=tests/gpu/test_llama.py
+    ((QUICK)) && tests=(tests/gpu/test_collectives.py -k "all_reduce")
     run_ranks tests 150 "$P" -m pytest -q "${tests[@]}"
-    ((P >= 3)) && run_ranks tests_llama_3 45 3 -m pytest -q "${llama[@]}"
-    ((P >= 6)) && run_ranks tests_llama_2x3 45 6 -m pytest -q "${llama[@]}"
+    ((P >= 3 && !QUICK)) && run_ranks tests_llama_3 45 3 -m pytest -q "$llama"
+    ((P >= 6 && !QUICK)) && run_ranks tests_llama_2x3 45 6 -m pytest -q "$llama"
 fi
 if wanted layers; then
     # 0.43 GB of weights a layer at P = 4; all 80 fit from there on, with the caches of 64 sequences.

@@ -19,12 +19,15 @@ import argparse
 import json
 import math
 import os
+import sys
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from row_parallel_linear import COPIES, matrix
 
+from sglang_symm.bench import commit, launched
 from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.launch import require_launcher
 
@@ -129,9 +132,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="file for what is printed, of all ranks")
     args = parser.parse_args()
+    require_launcher("prefill_trace")
     if not hasattr(torch.ops.sglang_symm, "_prefill_trace"):
         raise SystemExit("prefill_trace: this library writes no stamps. Build it with SGLANG_SYMM_TRACE=1")
-    require_launcher("prefill_trace")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -162,8 +165,14 @@ def main() -> None:
                 what = f"{row['kind']:>3} {row['what']:32}"
                 print(f"{visit:>5} {row['tiles']:10} {what} {row['ctas']:>4} {figures}")
         if args.json:
+            head = {
+                "date": time.strftime("%Y-%m-%d"),
+                "commit": commit(),
+                "device": torch.cuda.get_device_name(),
+                "command": launched(*sys.argv),
+            }
             with open(args.json, "w") as file:
-                json.dump({"device": torch.cuda.get_device_name(), **vars(args), "ranks": ranks}, file, indent=1)
+                json.dump({**head, **vars(args), "ranks": ranks}, file, indent=1)
     dist.barrier()
     group.destroy()
     dist.destroy_process_group()

@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
+from sglang_symm.bench import commit, launched
 from sglang_symm.distributed.group import Group
 from sglang_symm.distributed.launch import require_launcher
 
@@ -41,6 +41,10 @@ COPIES = 4
 ARENA = 1 << 30  # graphs of several ways keep their results at the same time
 # Of a GPU's memory in GB/s: the slope of cuBLAS' time over the weight's bytes.
 BANDWIDTH = {"H100": 2930.0, "H200": 4300.0}
+LINK_HELP = (
+    "GB/s of a GPU's link in one direction, for `limit` (default 450: NVLink 4, as the vendor says; between two H200s "
+    "benchmarks/link.cu measured 361 of stores, 384 of the copy engine)"
+)
 PEERS = ("nccl", "torch_one_shot", "torch_two_shot")
 Op = Callable[[int], Any]
 
@@ -220,17 +224,16 @@ def plot(results: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def report(args: argparse.Namespace, size: int, results: list[dict[str, Any]]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "what": "row_parallel_linear, bf16, microseconds an op in a CUDA graph",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": os.environ.get("SGLANG_SYMM_COMMIT", "") or commit,
+        "commit": commit(),
         "device": torch.cuda.get_device_name(),
         "ranks": size,
         "gpus": torch.cuda.device_count(),
         "torch": torch.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "command": " ".join(sys.argv),
+        "command": launched(*sys.argv),
         "ops": args.ops,
         "results": results,
     }
@@ -259,7 +262,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 2048])
     parser.add_argument("--plot", help="PNG file")
     parser.add_argument("--bandwidth", type=float, help="GB/s of memory, for `limit`; default: by the GPU's name")
-    parser.add_argument("--link", type=float, default=450.0, help="GB/s of a GPU's link in one direction, for `limit`")
+    parser.add_argument("--link", type=float, default=450.0, help=LINK_HELP)
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16, for `limit`")
     args = parser.parse_args()
     require_launcher("row_parallel_linear")

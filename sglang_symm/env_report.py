@@ -26,7 +26,7 @@ from ._version import __version__
 
 # Variable -> (default, meaning). The report shows all of them; what is set in the environment is in force.
 SETTINGS: dict[str, tuple[str, str]] = {
-    "SGLANG_SYMM_ARENA_BYTES": ("67108864 on CPU", "bytes of a group's arena, per rank"),
+    "SGLANG_SYMM_ARENA_BYTES": ("64 MiB on CPU", "bytes of a group's arena, per rank; GPUs: min(512 MiB, memory / 64)"),
     "SGLANG_SYMM_TIMEOUT": ("60", "seconds that a call waits for its peers"),
     "SGLANG_SYMM_FIRST_TIMEOUT": ("600", "the same for a group's first call"),
     "SGLANG_SYMM_ALGO": ("auto", "auto, one_shot, two_shot, two_shot_direct, process_group or nccl"),
@@ -224,7 +224,7 @@ def render(report: dict[str, Any]) -> str:
         lines += [f"  {key:22}{show(value)}" for key, value in content.items()]
     lines.append("\nsettings (* set in the environment)")
     for name, row in report["settings"].items():
-        lines.append(f"  {'*' if row['set'] else ' '} {name:28}{row['value']:20} {row['meaning']}")
+        lines.append(f"  {'*' if row['set'] else ' '} {name:31} {row['value']:20} {row['meaning']}")
     return "\n".join(lines)
 
 

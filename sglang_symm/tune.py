@@ -16,7 +16,16 @@ from typing import Any
 import torch
 
 from sglang_symm import tuning
-from sglang_symm.bench import arena_bytes, check_gpus, check_output, commit, machine, make_clocks, number_of_ranks
+from sglang_symm.bench import (
+    arena_bytes,
+    check_gpus,
+    check_output,
+    commit,
+    launched,
+    machine,
+    make_clocks,
+    number_of_ranks,
+)
 from sglang_symm.bench.cases import DTYPES, Case, format_bytes, parse_bytes, sizes
 from sglang_symm.bench.peers import Symm
 from sglang_symm.bench.ranks import World, measure
@@ -194,7 +203,7 @@ def make_document(args: argparse.Namespace, world: World, times: dict[str, Any])
             "machine": machine(world),
             "torch": torch.__version__,
             "what": "microseconds a call, lower quartile over rounds of the slowest rank; bytes: a rank's contribution",
-            "command": "python -m sglang_symm tune " + " ".join(_without_output(args.words)),
+            "command": launched("-m", "sglang_symm", "tune", *_without_output(args.words)),
         },
         "noise": noise,
         "choice": {op: [list(step) for step in ladder] for op, ladder in choice.items()},

@@ -26,6 +26,9 @@ def test_the_text_shows_every_part() -> None:
     text = env_report.render(env_report.collect())
     for word in (__version__, torch.__version__, "memfd", "SGLANG_SYMM_ARENA_BYTES", "library"):
         assert word in text
+    for name, row in env_report.settings().items():
+        assert f"{name} " in text
+        assert f" {row['value']} " in text or not row["value"]
 
 
 def test_the_text_has_a_line_for_each_gpu() -> None:

@@ -10,6 +10,7 @@ tokens are equal.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -70,6 +71,7 @@ def gpu_count() -> int:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     began, model, codes = time.monotonic(), model_file(), []
     gpus = gpu_count()
     for ranks, title, layout in RUNS:

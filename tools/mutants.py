@@ -376,10 +376,10 @@ def command_line(description: str | None, limit: float) -> argparse.ArgumentPars
     return parser
 
 
-def with_name(mutants: list[AnyMutant], part: str | None) -> list[AnyMutant]:
+def with_name(mutants: list[AnyMutant], part: str | None, listed_by: str = "--list") -> list[AnyMutant]:
     chosen = [mutant for mutant in mutants if part is None or part in mutant.name]
     if not chosen:
-        raise SystemExit(f"no mutant's name contains '{part}': --list names them")
+        raise SystemExit(f"no mutant's name contains '{part}': {listed_by} names them")
     return chosen
 
 

@@ -7,7 +7,8 @@
 Needs a CUDA build in place (SGLANG_SYMM_CUDA=1 python setup.py build_ext --inplace). Only the sources that a mutant
 touches are compiled again, and for two ranks alone where its tests have two. Some mistakes show only when a rank is
 slow between two steps; such a mutant makes rank 1 sleep there, and a control of the same sleep without the mistake must
-pass, as must the library as it is.
+pass, as must the library as it is. A mutant whose tests are ended at the limit is caught too, as ranks may wait for
+ever; that is told, and with such a sleep it counts only when the control has passed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mutants import Mutant  # noqa: E402
+from mutants import Mutant, with_name  # noqa: E402
 
 ONE_SHOT, TWO_SHOT = "collective/one_shot_cuda.cu", "collective/two_shot_cuda.cu"
 NORM = "collective/norm_cuda.cu"
@@ -291,6 +293,13 @@ CONTROLS = [
 NARROW = (LAUNCH, "return f(Constant<{}>{{}});")
 
 
+def chosen_by(only: str | None) -> list[CudaMutant]:
+    """Those whose name contains `only`, behind the controls of their sleeps."""
+    found = with_name([*CONTROLS, *MUTANTS], only, "list")
+    slow = {m.units[0] for m in found if m.slow}
+    return [c for c in CONTROLS if c in found or c.units[0] in slow] + [m for m in found if not m.control]
+
+
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
@@ -399,8 +408,13 @@ def start(mutant: CudaMutant, target: Path, log: Path, gpu: int) -> list[subproc
         ]
 
 
-def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: int) -> tuple[bool, str]:
-    """True when the tests failed, and how."""
+class Outcome(NamedTuple):
+    noticed: bool  # the tests failed
+    how: str
+    at_limit: bool = False  # they had to be ended
+
+
+def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: int) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         target, log = Path(folder), Path(folder, "log")
         tree(library, target)
@@ -411,6 +425,7 @@ def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: int) -> tup
                 limit = min(limit, time.monotonic() - begin + 5)  # its peer waits in vain
             time.sleep(0.1)
         late = [rank for rank in ranks if rank.poll() is None]
+        crashed = any(rank.returncode for rank in ranks)
         for rank in late:
             rank.send_signal(signal.SIGTERM if mutant.ranks > 2 else signal.SIGKILL)
         for rank in ranks:
@@ -419,12 +434,12 @@ def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: int) -> tup
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
         passed = re.findall(r"(\d+) passed", text)
         if failed:
-            return True, failed[0]
+            return Outcome(True, failed[0])
+        if crashed:
+            return Outcome(True, f"no test failed, exit status {[rank.returncode for rank in ranks]}: {text[-300:]}")
         if late:
-            return True, f"still waiting after {limit:.0f} s"
-        if any(rank.returncode for rank in ranks):
-            return True, f"no test failed, exit status {[rank.returncode for rank in ranks]}: {text[-300:]}"
-        return False, f"{passed[0] if passed else 'no'} passed"
+            return Outcome(True, f"still waiting after {limit:.0f} s", at_limit=True)
+        return Outcome(False, f"{passed[0] if passed else 'no'} passed")
 
 
 def all_of(selections: list[str]) -> str:
@@ -436,8 +451,13 @@ def all_of(selections: list[str]) -> str:
 
 
 def run(folder: Path, jobs: int, limit: float, only: str | None) -> int:
-    chosen = [m for m in [*CONTROLS, *MUTANTS] if (folder / f"{slug(m.name)}.so").is_file()]
-    chosen = [m for m in chosen if only is None or only in m.name]
+    wanted = chosen_by(only)
+    chosen = [m for m in wanted if (folder / f"{slug(m.name)}.so").is_file()]
+    if not chosen:
+        raise SystemExit(
+            f"mutants_cuda: expected a library of a mutant in {folder}, as {slug(wanted[-1].name)}.so, found none: "
+            f"python tools/mutants_cuda.py build --out {folder}, where nvcc is"
+        )
     plain = []
     for ranks in sorted({m.ranks for m in chosen}):
         name = f"(control) the library as it is, {ranks} ranks"
@@ -446,25 +466,35 @@ def run(folder: Path, jobs: int, limit: float, only: str | None) -> int:
     original = ROOT / "sglang_symm" / "_C.abi3.so"
     begin = time.monotonic()
 
-    def attempt(numbered: tuple[int, CudaMutant]) -> bool:
+    def attempt(numbered: tuple[int, CudaMutant]) -> Outcome:
         number, mutant = numbered
         start = time.monotonic()
         library = original if mutant in plain else folder / f"{slug(mutant.name)}.so"
-        noticed, how = try_mutant(mutant, library, 4 * limit if mutant.control else limit, number % 2)
-        mark = ("CAUGHT" if noticed else "passes") if mutant.control else ("caught" if noticed else "SURVIVED")
-        print(f"{mark:8} {mutant.name}: {how} ({time.monotonic() - start:.0f} s)", flush=True)
-        return noticed != mutant.control
+        found = try_mutant(mutant, library, 4 * limit if mutant.control else limit, number % 2)
+        mark = ("CAUGHT" if found.noticed else "passes") if mutant.control else "SURVIVED"
+        if found.noticed and not mutant.control:
+            mark = "caught (ended at the limit)" if found.at_limit else "caught"
+        print(f"{mark:8} {mutant.name}: {found.how} ({time.monotonic() - start:.0f} s)", flush=True)
+        return found
 
-    def several(those: list[CudaMutant], at_once: int) -> list[bool]:
+    def several(those: list[CudaMutant], at_once: int) -> dict[CudaMutant, Outcome]:
         with ThreadPoolExecutor(at_once) as pool:
-            return list(pool.map(attempt, enumerate(those)))
+            return dict(zip(those, pool.map(attempt, enumerate(those))))
 
     everything = [*plain, *chosen]
     with ThreadPoolExecutor(2) as pool:  # those of the rig beside the others
         rig = pool.submit(several, [m for m in everything if m.ranks > 2], max(1, jobs // 4))
-        right = several([m for m in everything if m.ranks == 2], jobs) + rig.result()
-    print(f"{sum(right)} as expected, {len(right) - sum(right)} not, {time.monotonic() - begin:.0f} s")
-    return 0 if all(right) else 1
+        found = several([m for m in everything if m.ranks == 2], jobs) | rig.result()
+    passing = {m.units[0] for m in CONTROLS if m in found and not found[m].noticed}
+    right = {m: outcome.noticed != m.control for m, outcome in found.items()}
+    ended = [m for m, outcome in found.items() if outcome.at_limit and not m.control]
+    for mutant in ended:
+        if mutant.slow and mutant.units[0] not in passing:
+            right[mutant] = False
+            print(f"UNCLEAR  {mutant.name}: ended at the limit, and no control of the same sleep has passed")
+    yes, limited = sum(right.values()), f", {len(ended)} ended at the limit" if ended else ""
+    print(f"{yes} as expected, {len(right) - yes} not{limited}, {time.monotonic() - begin:.0f} s")
+    return 0 if all(right.values()) else 1
 
 
 def main() -> int:
@@ -477,8 +507,12 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=45.0, help="seconds after which waiting tests count as failed")
     args = parser.parse_args()
     if args.do == "run":
+        if args.folder is None or args.jobs < 1:
+            parser.error("expected run FOLDER, where build --out FOLDER has left the libraries, and --jobs >= 1")
         return run(args.folder, args.jobs, args.limit, args.only)
-    chosen = [m for m in [*CONTROLS, *MUTANTS] if args.only is None or args.only in m.name]
+    if args.do == "build" and args.out is None:
+        parser.error("expected build --out FOLDER, where the libraries go")
+    chosen = chosen_by(args.only)
     if args.do == "list":
         for mutant in chosen:
             print(f"{mutant.name}  (csrc/{mutant.file}; {mutant.tests})")

@@ -24,10 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from mutants import Mutant, with_name  # noqa: E402
+
 RANKS = 4
 TESTS = ("tests/distributed/test_parallel_state.py", "tests/distributed/test_models.py")
 CHOSEN = "behaviour or symmetric or memory"  # pytest -k
@@ -35,16 +38,7 @@ STATE, LINEAR = "distributed/parallel_state.py", "layers/linear.py"
 LLAMA, RUNNER = "models/llama.py", "model_runner.py"
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One edit of a file of sglang_symm/. ``old`` occurs once."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-
-
+# As in tools/mutants.py, of files of sglang_symm/.
 MUTANTS = [
     Mutant(
         "1: attention-TP is symmetric only if token ids are synchronised",
@@ -149,7 +143,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", help="those whose name contains NAME")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for the tests of a mutant (default 300)")
     args = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if args.only is None or args.only in mutant.name]
+    chosen = with_name(MUTANTS, args.only)
     if args.list:
         for mutant in chosen:
             print(f"{mutant.name}  (sglang_symm/{mutant.file})")

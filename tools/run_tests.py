@@ -193,8 +193,8 @@ def gpu_parts() -> list[Part]:
         print(f"up to {gpus} ranks have a GPU each; more share one through MPS (tools/mps_rig.py)", flush=True)
     else:
         print(
-            "one GPU: ranks share it through MPS (tools/mps_rig.py). Left out: tests/distributed, whose process group "
-            "is NCCL's, and kill tests, which need a GPU a rank",
+            "one GPU: ranks share it through MPS (tools/mps_rig.py). Left out, as they need a GPU a rank: "
+            "tests/distributed over NCCL's process group, and kill tests",
             flush=True,
         )
     llama, collectives = "tests/gpu/test_llama.py", "tests/gpu/test_collectives.py"

@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -65,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode", default=",".join(MODES), metavar="LIST", help="on cuda: of graph,eager (default both)"
     )
     parser.add_argument(
-        "--link-bandwidth", type=float, metavar="GB/s", help="a direction, for the physical limit (default: the GPU's)"
+        "--link-bandwidth",
+        type=float,
+        metavar="GB/s",
+        help="a direction, for the physical limit (default: the vendor's figure for the GPU, 450 on Hopper; "
+        "benchmarks/link.cu measured 361 of stores, 384 of the copy engine between two H200s)",
     )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or instead of the table")
     parser.add_argument("--csv", metavar="FILE", help="as CSV too")
@@ -301,6 +306,14 @@ def commit() -> str:
     return os.environ.get("SGLANG_SYMM_COMMIT") or done.stdout.strip() or "not in a checkout"
 
 
+def launched(*program: str) -> str:
+    """The command line that repeats ranks of ``program``, as after `python`: with what has started them."""
+    words, ranks = shlex.join(program), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "SGLANG_SYMM_SMS" in os.environ and ranks > torch.cuda.device_count():
+        return f"python tools/mps_rig.py --ranks {ranks} -- {words}"
+    return f"torchrun --nproc-per-node {ranks} {words}" if "TORCHELASTIC_RUN_ID" in os.environ else f"python {words}"
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -322,7 +335,7 @@ def _environment(args: argparse.Namespace, world: World) -> dict[str, Any]:
         "python": platform.python_version(),
         "rounds": args.rounds,
         **({} if world.device.type == "cpu" else _gpu_environment(args)),
-        "command": "python -m sglang_symm bench " + " ".join(words),
+        "command": launched("-m", "sglang_symm", "bench", *words),
     }
 
 

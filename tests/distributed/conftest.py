@@ -3,8 +3,9 @@
 Every test begins with all ranks meeting in the store, so a test that failed on one rank does not shift the calls of
 the next. Without torchrun the world is this process alone.
 
-With SGLANG_SYMM_TEST_DEVICE=cuda the same files run on GPUs (tools/run_tests.py --device cuda), a GPU a rank, or all on
-one (tools/mps_rig.py). What cannot, is marked cpu_only with its reason.
+With SGLANG_SYMM_TEST_DEVICE=cuda the same files run on GPUs, a GPU a rank (tools/run_tests.py --device cuda). Ranks
+that share one (tools/mps_rig.py) have Gloo alone, which no part of run_tests asks for. What cannot run on GPUs is
+marked cpu_only with its reason.
 """
 
 from __future__ import annotations

@@ -156,6 +156,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.rank:
         run_rank(int(args.rank[0]), args.rank[1], args.only)
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        raise SystemExit("small_calls: expected one GPU or two, torch sees none (nvidia-smi tells why)")
     env: dict[str, Any] = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []

@@ -16,7 +16,7 @@ import torch
 
 from sglang_symm import tuning
 from sglang_symm.__main__ import main as command
-from sglang_symm.bench import report
+from sglang_symm.bench import launched, report
 from sglang_symm.bench.cases import Case, format_bytes, parse_bytes, sizes
 from sglang_symm.bench.report import Row
 
@@ -157,6 +157,26 @@ def test_a_number_of_ranks_that_the_launcher_did_not_start_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command([program, "-n", "3"]) == 2
     assert "expected --nproc 4, as many ranks as were started, or none, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({}, "python"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "python"),  # the ranks that bench starts itself
+        ({"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, "torchrun --nproc-per-node 4"),
+        ({"LOCAL_WORLD_SIZE": "4", "SGLANG_SYMM_SMS": "32"}, "python tools/mps_rig.py --ranks 4 --"),
+    ],
+)
+def test_the_command_that_is_written_down_names_its_launcher(
+    environment: dict[str, str], launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SGLANG_SYMM_SMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert launched("-m", "sglang_symm", "tune", "-n", "4") == f"{launcher} -m sglang_symm tune -n 4"
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_run(
