@@ -236,6 +236,14 @@ MUTANTS = [
         (DECODE,),
     ),
     KernelMutant(
+        "decode: the other half of k is added before it has come",
+        "fused/decode_sm90.cuh",
+        "if (work.part == 0) barrier_wait_cluster(came, 0);",
+        "",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
         "decode: between more ranks a stage is released while its MMAs run",
         "fused/decode_sm90.cuh",
         "      wgmma_wait_previous();\n      if (before >= 0) release(before);\n",

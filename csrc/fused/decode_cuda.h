@@ -23,6 +23,7 @@ struct DecodeCuda {
   int k_steps;  // stages of columns
   int stages;
   int tiles;
+  int parts;  // of k: 1, or 2 CTAs of a cluster to a tile
   bool two_shot;
   // No kernel that is in flight writes the weight: it is fetched while the previous kernel ends.
   bool static_weight;
@@ -31,7 +32,7 @@ struct DecodeCuda {
 };
 
 // Puts the kernel into the stream. x [m, k], weight [n, k] (any two matrices with a partial); `args` without k_steps,
-// stages, tiles and two_shot, which `config` gives.
+// stages, tiles, parts and two_shot, which `config` gives.
 void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                    cudaStream_t stream);
 

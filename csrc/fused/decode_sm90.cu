@@ -37,24 +37,28 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   int threads = 0;
   const Kernel kernel = dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config, &threads)
                                                  : find_kernel<device::Float16>(config, &threads);
+  if (config.k_parts > 1 && config.ctas != 2 * config.tiles) fail(ErrorKind::system, "no grid for ", to_string(config));
   if (kernel == nullptr) fail(ErrorKind::system, "no decode kernel for ", to_string(config));
   const int stage_columns = config.boxes * kBoxColumns;
   args.k_steps = static_cast<int>((weight.columns + stage_columns - 1) / stage_columns);
   args.stages = config.stages;
   args.tiles = config.tiles;
+  args.parts = config.k_parts;
   args.two_shot = config.two_shot;
   const size_t shared = shared_bytes(config);
   check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shared)),
              "cudaFuncSetAttribute of a fused kernel's shared memory");
-  cudaLaunchAttribute attribute = programmatic_launch();
+  cudaLaunchAttribute attributes[2] = {programmatic_launch()};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(static_cast<unsigned>(threads));
   launch.dynamicSmemBytes = shared;
   launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
+  launch.attrs = attributes;
+  launch.numAttrs = config.k_parts > 1 ? 2 : 1;
   check_cuda(
       cudaLaunchKernelEx(&launch, kernel, map_of(weight, dtype, config.tile_n), map_of(x, dtype, config.tile_m), args),
       "the launch of a fused kernel");

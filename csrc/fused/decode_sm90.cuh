@@ -20,13 +20,25 @@ namespace sglang_symm::device {
 
 constexpr int kMaxStages = 8;
 
-// The tiles of a CTA: blockIdx.x, blockIdx.x + gridDim.x, ...
-__device__ __forceinline__ int tile_of(int i) {
-  return static_cast<int>(blockIdx.x + i * gridDim.x);
-}
-__device__ __forceinline__ int tiles_of_cta(int tiles) {
-  return (tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-}
+// What a CTA does: tiles blockIdx.x, blockIdx.x + gridDim.x, ... with all of k; or of a pair (a.parts == 2) one tile
+// with half of it.
+struct Work {
+  int tile, tiles;
+  int part;          // of k
+  int first, steps;  // of k: stages of columns
+
+  __device__ __forceinline__ explicit Work(const DecodeCuda& a) {
+    const int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x);
+    const bool pair = a.parts > 1;
+    const int half = (a.k_steps + 1) / 2;
+    part = pair ? static_cast<int>(cluster_rank()) : 0;
+    tile = pair ? cta / 2 : cta;
+    tiles = pair ? 1 : (a.tiles - cta + ctas - 1) / ctas;
+    first = part * half;
+    steps = !pair ? a.k_steps : part == 0 ? half : a.k_steps - half;
+  }
+  __device__ __forceinline__ int tile_of(int i) const { return tile + i * static_cast<int>(gridDim.x); }
+};
 
 // One thread.
 template <class T>
@@ -35,20 +47,21 @@ struct Producer {
   const CUtensorMap* weight_map;
   const CUtensorMap* token_map;
   const Ring& ring;
+  const Work& work;
   int total;  // stages that this CTA consumes
   int ahead;  // of them, before anything is consumed
 
   __device__ __forceinline__ void weight(int step, int stage) const {
-    const int i = step / a.k_steps, k = step - i * a.k_steps;
+    const int i = step / work.steps, k = work.first + step - i * work.steps;
     barrier_expect(&ring.full[stage], T::kStageBytes);
 #pragma unroll
     for (int box = 0; box < T::kBoxes; box++) {
       load_box(ring.memory + stage * T::kStageBytes + box * T::kTileN * T::kRowBytes, weight_map,
-               (k * T::kBoxes + box) * kBoxColumns, tile_of(i) * T::kTileN, &ring.full[stage], kEvictFirst);
+               (k * T::kBoxes + box) * kBoxColumns, work.tile_of(i) * T::kTileN, &ring.full[stage], kEvictFirst);
     }
   }
   __device__ __forceinline__ void tokens(int step, int stage) const {
-    const int k = step % a.k_steps;
+    const int k = work.first + step % work.steps;
     const uint32_t to = ring.memory + stage * T::kStageBytes + T::kWeightBytes;
 #pragma unroll
     for (int box = 0; box < T::kBoxes; box++) {
@@ -76,7 +89,7 @@ struct Producer {
 
 // One warp of the four, all lanes: its rows of one tile.
 template <class T>
-__device__ __forceinline__ void multiply(const DecodeCuda& a, const Ring& ring, int lane, Position* at,
+__device__ __forceinline__ void multiply(int steps, const Ring& ring, int lane, Position* at,
                                          float (&d)[T::kHalves][T::kTileM / 2]) {
   constexpr int kHalfBytes = 64 * T::kRowBytes, kMmaBytes = 32, kMmas = T::kRowBytes / kMmaBytes;
 #pragma unroll
@@ -89,7 +102,7 @@ __device__ __forceinline__ void multiply(const DecodeCuda& a, const Ring& ring, 
     if (lane == 0) barrier_arrive(&ring.empty[stage]);
   };
 #pragma unroll 1
-  for (int k = 0; k < a.k_steps; k++) {
+  for (int k = 0; k < steps; k++) {
     barrier_wait(&ring.full[at->stage], at->parity);
     const uint32_t weight = ring.memory + at->stage * T::kStageBytes, tokens = weight + T::kWeightBytes;
     wgmma_fence();
@@ -122,6 +135,31 @@ __device__ __forceinline__ void multiply(const DecodeCuda& a, const Ring& ring, 
   }
 }
 
+// The pair's second CTA gives its half of k to the first, warp by warp; true in the first. `came` counts what arrives
+// there, in `received`.
+template <class T>
+__device__ __forceinline__ bool add_up(const Work& work, uint32_t received, uint64_t* came, int warp, int lane,
+                                       float (&d)[T::kHalves][T::kTileM / 2]) {
+  constexpr int kUnitFloats = 4, kUnitsOfHalf = T::kTileM / 2 / kUnitFloats, kUnits = T::kHalves * kUnitsOfHalf;
+  const uint32_t at = received + (warp * kUnits * kWarp + lane) * 16;
+  if (work.part == 0) barrier_wait_cluster(came, 0);
+#pragma unroll
+  for (int unit = 0; unit < kUnits; unit++) {
+    float* mine = &d[unit / kUnitsOfHalf][unit % kUnitsOfHalf * kUnitFloats];
+    const uint32_t there = at + unit * kWarp * 16;
+    if (work.part != 0) {
+      store_shared_at(there, mine, came, 0);
+      continue;
+    }
+    const uint4 v = load_shared(there);
+    mine[0] = __fadd_rn(mine[0], __uint_as_float(v.x));
+    mine[1] = __fadd_rn(mine[1], __uint_as_float(v.y));
+    mine[2] = __fadd_rn(mine[2], __uint_as_float(v.z));
+    mine[3] = __fadd_rn(mine[3], __uint_as_float(v.w));
+  }
+  return work.part == 0;
+}
+
 // The same of a product that the library has made.
 template <class T>
 __device__ __forceinline__ void load_product(const DecodeCuda& a, int tile, int warp, int lane,
@@ -144,12 +182,13 @@ __global__ void __maxnreg__(T::kRegisters)
     decode(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
            const __grid_constant__ DecodeCuda a) {
   std::byte* const memory = dynamic_shared_memory();
-  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages], came[T::kMathWarps];
   __shared__ volatile uint32_t done[T::kMathWarps];
   const Ring ring{(shared_address(memory) + 1023) & ~1023u, full, empty, a.stages};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x & (kWarp - 1);
-  const int tiles = tiles_of_cta(a.tiles), total = a.partial == nullptr ? tiles * a.k_steps : 0;
-  const Producer<T> producer{a, &weight_map, &token_map, ring, total, min(total, a.stages)};
+  const Work work(a);
+  const int tiles = work.tiles, total = a.partial == nullptr ? tiles * work.steps : 0;
+  const Producer<T> producer{a, &weight_map, &token_map, ring, work, total, min(total, a.stages)};
   const bool produces = warp == T::kProducer && lane == 0;
 
   if (produces) {
@@ -159,12 +198,17 @@ __global__ void __maxnreg__(T::kRegisters)
       barrier_init(&full[s], 1);
       barrier_init(&empty[s], T::kMathWarps);
     }
+    for (uint64_t& barrier : came) barrier_init(&barrier, 1);
     barrier_init_visible();
     if (a.static_weight) producer.fill_weights();
   }
   if (threadIdx.x < T::kMathWarps) done[threadIdx.x] = 0;
   let_next_kernel_in();
-  __syncthreads();
+  if (a.parts > 1) {
+    cluster_sync();  // the first CTA's barriers count what the second one stores
+  } else {
+    __syncthreads();
+  }
   if (produces) {  // before the epoch is read: a look at memory is 0.7 us
     wait_for_previous_kernel();
     if (!a.static_weight) producer.fill_weights();
@@ -181,27 +225,31 @@ __global__ void __maxnreg__(T::kRegisters)
     if (signals) await_headers(s);
   } else if (warp < T::kMathWarps) {
     Position at;
+    if (a.parts > 1 && work.part == 0 && lane == 0) {
+      barrier_expect(&came[warp], T::kTileN * T::kTileM * static_cast<int>(sizeof(float)) / T::kMathWarps);
+    }
     for (int i = 0; i < tiles; i++) {
       float d[T::kHalves][T::kTileM / 2];
       if (a.partial == nullptr) {
-        multiply<T>(a, ring, lane, &at, d);
+        multiply<T>(work.steps, ring, lane, &at, d);
       } else {
-        load_product<T>(a, tile_of(i), warp, lane, d);
+        load_product<T>(a, work.tile_of(i), warp, lane, d);
       }
-      if (s.alive) push_tile<T>(a, s, tile_of(i), warp, lane, d);
+      if (a.parts > 1 && !add_up<T>(work, ring.memory + a.stages * T::kStageBytes, &came[warp], warp, lane, d)) break;
+      if (s.alive) push_tile<T>(a, s, work.tile_of(i), warp, lane, d);
       __syncwarp();
       if (lane == 0) done[warp] = i + 1;
     }
   } else {
-    const int reducer = warp - T::kMathWarps;
+    const int reducer = warp - T::kMathWarps, summed = work.part == 0 ? tiles : 0;
     Reducer<T> reducers{a, s, reducer / 4, reducer % 4, lane, s.alive};
-    for (int i = 0; i < tiles; i++) {
+    for (int i = 0; i < summed; i++) {
       while (done[reducer % 4] <= static_cast<uint32_t>(i)) __nanosleep(64);
       __syncwarp();
-      reducers.reduce(tile_of(i));
-      if (reducers.two_shot() && i > 0) reducers.collect(tile_of(i - 1));
+      reducers.reduce(work.tile_of(i));
+      if (reducers.two_shot() && i > 0) reducers.collect(work.tile_of(i - 1));
     }
-    if (reducers.two_shot() && tiles > 0) reducers.collect(tile_of(tiles - 1));
+    if (reducers.two_shot() && summed > 0) reducers.collect(work.tile_of(summed - 1));
   }
   end(s);
 }

@@ -65,10 +65,29 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
     if (s.world_size > row.max_world || s.m > row.max_m) continue;
     const int tiles = static_cast<int>((s.n + row.tile_n - 1) / row.tile_n);
     if (int64_t{tiles} * row.least_busy < s.sms) return std::nullopt;
-    return GemmConfig{row.tile_n,    row.tile_m,  row.boxes, row.stages, row.reducers, tiles, std::min(tiles, s.sms),
-                      row.max_world, row.two_shot};
+    GemmConfig c{};
+    c.tile_n = row.tile_n;
+    c.tile_m = row.tile_m;
+    c.boxes = row.boxes;
+    c.stages = row.stages;
+    c.reducers = row.reducers;
+    c.tiles = tiles;
+    c.ctas = std::min(tiles, s.sms);
+    c.k_parts = 1;
+    c.max_world = row.max_world;
+    c.two_shot = row.two_shot;
+    return c;
   }
   return std::nullopt;
+}
+
+GemmConfig with_columns(GemmConfig c, int64_t k, int sms) {
+  // An SM streams 64 rows of 1024 columns in 3 us; to add up two parts takes one.
+  constexpr int64_t kLeast = 1024;
+  if (2 * c.tiles > sms || k < kLeast) return c;
+  c.k_parts = 2;
+  c.ctas = 2 * c.tiles;
+  return c;
 }
 
 std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
@@ -100,7 +119,8 @@ size_t slot_bytes(const GemmConfig& c, int world_size) {
 
 size_t shared_bytes(const GemmConfig& c) {
   constexpr int kRow = 128, kAlignment = 1024;  // of the swizzle
-  return static_cast<size_t>(c.stages * c.boxes * kRow * (c.tile_n + c.tile_m) + kAlignment);
+  const int other_part = c.k_parts > 1 ? c.tile_n * c.tile_m * static_cast<int>(sizeof(float)) : 0;
+  return static_cast<size_t>(c.stages * c.boxes * kRow * (c.tile_n + c.tile_m) + other_part + kAlignment);
 }
 
 size_t slot_bytes(const PrefillConfig& c, int world_size) {
@@ -166,8 +186,9 @@ std::string to_string(const PrefillConfig& c) {
 }
 
 std::string to_string(const GemmConfig& c) {
-  return cat(c.tile_n, "x", c.tile_m, " tiles, ", c.tiles, " in ", c.ctas, " CTAs, ", c.stages, " stages of ",
-             c.boxes * kBoxColumns, " columns, ", c.reducers, " reducers, ", c.two_shot ? "two-shot" : "one-shot");
+  return cat(c.tile_n, "x", c.tile_m, " tiles, ", c.tiles, " in ", c.ctas, " CTAs",
+             c.k_parts > 1 ? " by half of k, " : ", ", c.stages, " stages of ", c.boxes * kBoxColumns, " columns, ",
+             c.reducers, " reducers, ", c.two_shot ? "two-shot" : "one-shot");
 }
 
 }  // namespace sglang_symm

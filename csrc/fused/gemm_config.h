@@ -27,6 +27,7 @@ struct GemmConfig {
   int reducers;   // warps that sum: a group of four takes a part of each tile
   int tiles;      // tile_n rows each
   int ctas;       // one an SM; CTA b takes tiles b, b + ctas, ...
+  int k_parts;    // 1; or 2: CTAs 2 b and 2 b + 1 take half of k each of tile b
   int max_world;  // ranks that the kernel has registers for
   bool two_shot;  // a rank sums its share of every tile and pushes the sums; else everybody sums everything
   friend bool operator==(const GemmConfig&, const GemmConfig&) = default;
@@ -64,6 +65,9 @@ constexpr int sums_pitch(bool one_shot, int tile_n) {
 // so they depend on nothing but m, n and world_size, which all ranks know to be equal; the rest is a rank's own.
 std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 
+// The same for k columns: where half of the SMs would have no tile, two CTAs share one. A rank's own affair, as k is.
+GemmConfig with_columns(GemmConfig config, int64_t k, int sms);
+
 // Nothing when the library's GEMM and an all-reduce are faster, or the shape is not the kernel's. Ranks must give the
 // same: it says where a partial lies, and which CTAs wait for each other.
 std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
@@ -88,7 +92,8 @@ size_t slot_bytes_of_rounds(const PrefillConfig& config, int64_t tokens, int64_t
 // Dynamic shared memory a CTA.
 size_t shared_bytes(const GemmConfig& config);
 size_t shared_bytes(const PrefillConfig& config);
-// "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"
+// "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"; "64x16 tiles, 64 in 128 CTAs by half
+// of k, ..."
 std::string to_string(const GemmConfig& config);
 // "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"
 std::string to_string(const PrefillConfig& config);

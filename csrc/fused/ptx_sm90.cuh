@@ -43,6 +43,16 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+// What a CTA of the cluster has stored with the barrier is then seen.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again_%=:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra "
+      "again_%=;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 // ---- clusters ----
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -60,6 +70,17 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t ct
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
       "r"(cta)
+      : "memory");
+}
+
+// 16 bytes to the same place in a CTA of the cluster, whose barrier of the same name counts them. That CTA must not
+// have left; this one may leave at once.
+__device__ __forceinline__ void store_shared_at(uint32_t to, const float* v, uint64_t* barrier, uint32_t cta) {
+  asm volatile(
+      "{\n.reg .b32 there, counts;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 counts, %1, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [counts];\n}" ::"r"(
+          to),
+      "r"(shared_address(barrier)), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(cta)
       : "memory");
 }
 

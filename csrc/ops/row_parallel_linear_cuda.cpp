@@ -92,7 +92,9 @@ bool decode(const Call& c) {
   args.static_weight = c.static_weight && args.partial == nullptr;
   args.slots = layout.slots;
   args.slot_bytes = layout.slot_bytes;
-  launch_decode(*config, args, matrix_of(operands.tokens), matrix_of(operands.weight), stream);
+  const GemmConfig mine =
+      args.partial == nullptr ? with_columns(*config, c.x.size(1), c.collectives.max_ctas()) : *config;
+  launch_decode(mine, args, matrix_of(operands.tokens), matrix_of(operands.weight), stream);
   if (!y.is_same(c.out)) c.out.copy_(y);
   count_call(c.group, descriptor.algorithm);
   return true;

@@ -156,6 +156,26 @@ TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
   EXPECT_EQ(flag_bytes(*choose_prefill({256, 8192, 2, 132}), 2), size_t{0});
 }
 
+TEST(GemmConfig, WhereHalfOfTheSmsHaveNoTileTwoCtasShareOne) {
+  const auto text = [](int64_t n, int64_t k, int sms, int world = 2) {
+    return to_string(with_columns(*choose_decode({1, n, world, sms}), k, sms));
+  };
+  EXPECT_EQ(text(4096, 2048, 132),
+            "64x16 tiles, 64 in 128 CTAs by half of k, 5 stages of 256 columns, 4 reducers, one-shot");
+  EXPECT_EQ(text(8192, 2048, 132, 8),
+            "128x16 tiles, 64 in 128 CTAs by half of k, 6 stages of 64 columns, 4 reducers, one-shot");
+  EXPECT_EQ(text(4096, 512, 132), "64x16 tiles, 64 in 64 CTAs, 5 stages of 256 columns, 4 reducers, one-shot");
+  EXPECT_EQ(text(4288, 2048, 132), "64x16 tiles, 67 in 67 CTAs, 5 stages of 256 columns, 4 reducers, one-shot");
+  for (const int world : {2, 4, 8}) {
+    for (const int64_t m : {1, 16, 64}) {
+      const auto config = choose_decode({m, 4096, world, 132});
+      const GemmConfig pairs = with_columns(*config, 4096, 132);
+      EXPECT_LE(shared_bytes(pairs), size_t{227} << 10);
+      EXPECT_EQ(slot_bytes(pairs, world), slot_bytes(*config, world));
+    }
+  }
+}
+
 TEST(PrefillConfig, ARoundHoldsWhatStagingMemoryHolds) {
   const auto c = choose_prefill({8192, 8192, 2, 132});
   ASSERT_TRUE(c);

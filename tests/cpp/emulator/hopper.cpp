@@ -195,6 +195,18 @@ void cluster_sync() {
   sync(cta_of_cluster(0).cluster, threads);
 }
 
+void store_shared_at(uint32_t to, const void* from, size_t bytes, uint64_t* barrier, unsigned cta) {
+  Cta& there = cta_of_cluster(cta);
+  auto* counts = static_cast<uint64_t*>(in_cta(barrier, cta));
+  const std::vector<std::byte> data(static_cast<const std::byte*>(from), static_cast<const std::byte*>(from) + bytes);
+  Machine::now().later([=, &there] {
+    must_live(there);
+    std::memcpy(shared_at(there, to, bytes), data.data(), bytes);
+    bring(there, counts, static_cast<int>(bytes));
+  });
+  if (Machine::now().draw(4) == 0) yield();
+}
+
 // ---- the bulk copy engine ----
 
 void load_box(uint32_t to, const CUtensorMap& map, int column, int row, uint64_t* barrier, unsigned ctas) {

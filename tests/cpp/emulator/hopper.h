@@ -25,6 +25,8 @@ void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_arrive(Cta& cta, uint64_t* barrier, int expect = 0);
 void barrier_wait(uint64_t* barrier, uint32_t parity);
 void cluster_sync();
+// To the same place in a CTA of the cluster, counted by its barrier.
+void store_shared_at(uint32_t to, const void* from, size_t bytes, uint64_t* barrier, unsigned cta);
 
 // To the CTAs of the cluster that have a bit in `ctas`, counted by the barrier of each.
 void load_box(uint32_t to, const CUtensorMap& map, int column, int row, uint64_t* barrier, unsigned ctas);

@@ -22,6 +22,7 @@ struct Options {
   bool wild = false;              // infinities and NaNs among the inputs
   bool y_inside = false;          // y lies in the arena
   bool from_collectives = false;  // an all_reduce before the call writes x, a broadcast the weight
+  unsigned pairs = 0;             // decode: ranks, a bit each, whose tiles have two CTAs
 };
 
 // Rows of small integers; what lies between them, nobody may multiply.
@@ -230,7 +231,9 @@ class Linear {
     ASSERT_LE(slot_bytes(config, gpus.size()), gpus.layout().slot_bytes);
     DecodeCuda args{};
     fill_in(&args, gpus, rank);
-    launch_decode(config, args, operand(x_[r], rank), operand(weight_[r], rank), &gpus[rank].stream);
+    const bool pair = args.partial == nullptr && (options_.pairs >> rank & 1) != 0;
+    const GemmConfig mine = pair ? with_columns(config, int64_t{1} << 20, 2 * config.tiles) : config;
+    launch_decode(mine, args, operand(x_[r], rank), operand(weight_[r], rank), &gpus[rank].stream);
   }
   void enqueue_prefill(Gpus& gpus, int rank, const PrefillConfig& config) {
     const auto r = static_cast<size_t>(rank);
@@ -294,6 +297,7 @@ Options any_options(int world, std::mt19937_64& random) {
   options.by_library = random() % 4 == 0 ? static_cast<int>(random() % static_cast<unsigned>(world)) : -1;
   options.wild = random() % 4 == 0;
   options.y_inside = random() % 2 == 0;
+  options.pairs = static_cast<unsigned>(random());
   return options;
 }
 

@@ -26,6 +26,10 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   emulator::barrier_wait(barrier, parity);
 }
 
+inline void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  emulator::barrier_wait(barrier, parity);
+}
+
 inline uint32_t cluster_rank() {
   const emulator::Cta& cta = *emulator::self().cta;
   return cta.block.x % cta.grid.cluster;
@@ -35,6 +39,10 @@ inline void cluster_sync() {
 }
 inline void barrier_arrive_at(uint64_t* barrier, uint32_t cta) {
   emulator::barrier_arrive(emulator::cta_of_cluster(cta), static_cast<uint64_t*>(emulator::in_cta(barrier, cta)));
+}
+
+inline void store_shared_at(uint32_t to, const float* v, uint64_t* barrier, uint32_t cta) {
+  emulator::store_shared_at(to, v, 4 * sizeof *v, barrier, cta);
 }
 
 inline void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint64_t* barrier, uint64_t) {
