@@ -154,6 +154,7 @@ def test_the_parts_of_a_machine_with_gpus(
     assert {part.name for part in unasked} == names
     assert all(part.gpus == (1 if part.name.startswith("rig") else part.ranks) for part in unasked)
     assert all(part.gpus <= gpus for part in parts)
+    assert {"rig5", "rig7", "long2", "memcheck2"} <= {part.name for part in parts if not part.unasked}
 
 
 def test_the_last_line_is_the_sum_and_a_missing_gtest_is_told_before_it(runner: ModuleType) -> None:

@@ -35,6 +35,7 @@ MIXED = "CollectivesCuda.Calls*"
 COPIES = "CollectivesCuda.ReduceScatter*"
 MISSING = "CollectivesCuda.AMissingRank*"
 DISAGREE = "CollectivesCuda.RanksThat*"
+WINDOWS = "CollectivesCuda.AWindow*"
 FUSED_IN_A_ROW = "FusedCuda.AReplayIs*:FusedCuda.WhatThe*"
 FUSED_DECODE = FUSED_IN_A_ROW + ":FusedCuda.Decode*"
 FUSED_PREFILL = FUSED_IN_A_ROW + ":FusedCuda.Prefill*"
@@ -49,6 +50,20 @@ class KernelMutant(Mutant):
 
 
 MUTANTS = [
+    KernelMutant(
+        "what a window shows is not looked at",
+        "collective/collectives_cuda.cpp",
+        "if (found[static_cast<size_t>(s)] == number(s, r)) continue;",
+        "continue;",
+        WINDOWS,
+    ),
+    KernelMutant(
+        "what proves a window does not say whose it is",
+        "collective/collectives_cuda.cpp",
+        "static_cast<uint32_t>(writer * 256 + owner)",
+        "static_cast<uint32_t>(writer * 256 + 0 * owner)",
+        WINDOWS,
+    ),
     KernelMutant("one_shot: slots are not re-armed", ONE_SHOT, "re_arm<Max>(s, from, a.part);", "(void)0;", MIXED),
     KernelMutant(
         "one_shot: one parity for all slots",

@@ -216,14 +216,16 @@ def gpu_parts() -> list[Part]:
 
 
 def long_parts(gpus: int) -> list[Part]:
-    """Proofs between two ranks that take minutes."""
+    """Proofs between two ranks that take minutes, and what runs only when it is named."""
     proof = "tests/gpu/test_fused_proof.py"
     calls = over_gpus("long2", 2, proof, "-s") if gpus > 1 else on_the_rig(2, proof, "-s")
     calls.name = "long2"
     calls.env = {"SGLANG_SYMM_TEST_FUSED_CALLS": "1000000", "SGLANG_SYMM_TEST_FUSED_SECONDS": "240"}
     reports = ["--reports", str(OUT / "memcheck2")]
     memcheck = [sys.executable, "tests/gpu/small_calls.py", "--sanitizer", "memcheck", *reports]
-    parts = [calls, Part("memcheck2", memcheck, gpus=min(gpus, 2), program=True)]
+    # Numbers that neither two nor three divides: shares are uneven, and registers are for more sources than there are.
+    odd = [on_the_rig(ranks, "tests/gpu/test_collectives.py") for ranks in (5, 7)]
+    parts = [calls, Part("memcheck2", memcheck, gpus=min(gpus, 2), program=True), *odd]
     if gpus > 1:
         mutants = [sys.executable, "tools/mutants_cuda.py", "run", "build/mutants_cuda"]
         parts.append(Part("mutants2", mutants, gpus=2, program=True))

@@ -62,6 +62,30 @@ TEST(Signal, ARankThatFailsWhileTheGroupIsMadeEndsTheWaitOfTheOthers) {
   EXPECT_NE(ranks[1].failure().find("rank 2 failed while the group was made"), std::string::npos);
 }
 
+TEST(Signal, AKernelOfNcclThatDoesNotEndAndOneThatNcclRefusesAreToldToAllRanksByCallAndRank) {
+  // As the thread that watches NCCL's kernels reports them.
+  struct Failure {
+    AbortKind kind;
+    uint64_t epoch;
+    const char* sentence;
+  };
+  const Failure failures[] = {
+      {AbortKind::unfinished, 17,
+       "NCCL's kernel of call 17, all_reduce(bytes, 7 elements, sum), did not end within 2.5 s on rank 1, "
+       "though every rank had begun the call"},
+      {AbortKind::refused, 17, "NCCL failed on rank 1 after call 17, all_reduce(bytes, 7 elements, sum); that rank's"},
+      {AbortKind::refused, 0, "NCCL failed on rank 1 when its communicator was made; that rank's exception says why"},
+  };
+  for (const Failure& failure : failures) {
+    Three ranks(60);
+    ranks[1].fail_call(failure.kind, reduce(7), failure.epoch, 2.5);
+    EXPECT_THROW(ranks[0].start(reduce(7), 0, 0), Error) << "a broken group goes on";
+    for (size_t r = 0; r < 3; r++) {
+      EXPECT_NE(ranks[r].failure().find(failure.sentence), std::string::npos) << ranks[r].failure();
+    }
+  }
+}
+
 TEST(Signal, RanksBoundToACoreEachKnowThatThereIsOneForEverybody) {
   cpu_set_t all;
   ASSERT_EQ(sched_getaffinity(0, sizeof all, &all), 0);

@@ -266,6 +266,52 @@ def test_an_arena_whose_slots_are_too_small_says_how_much_is_needed(make, rank, 
     assert fused_calls(larger) == 1
 
 
+class Place:
+    """Memory in which one matrix lies after the other, each of its own shape, stride and dtype."""
+
+    def __init__(self, bytes):
+        self.memory = torch.empty(bytes, dtype=torch.uint8, device="cuda")
+
+    def hold(self, matrix, stride):
+        """A copy of `matrix` at the beginning, `stride` elements a row; all around it is NaN."""
+        self.memory.fill_(0xFF)
+        held = self.memory.view(matrix.dtype).as_strided(matrix.shape, (stride, 1))
+        assert held.data_ptr() == self.memory.data_ptr()
+        return held.copy_(matrix)
+
+
+def check_that_one_place_serves_all(group, rank, size, shapes):
+    """shapes: m, n, k, elements between the end of a row and the next, dtype. A call that had kept what it knew of the
+    place would read NaN there, or rows from where another weight's began."""
+    weights, tokens = (Place(2 * max((m + n) * (k + pad) for m, n, k, pad, _ in shapes)) for _ in range(2))
+    cases = [Case(size, m, n, k, dtype, seed=i) for i, (m, n, k, _, dtype) in enumerate(shapes)]
+    for case in cases:  # the library, which has the shapes that are not fused, may add up parts of k in the dtype
+        case.xs, case.ws = [x.sign() for x in case.xs], [w.sign() for w in case.ws]
+    wants = [case.expected() for case in cases]
+    for static in (False, True):
+        for i in [*range(len(cases)), *reversed(range(len(cases)))]:
+            pad = shapes[i][3]
+            w = weights.hold(cases[i].ws[rank], cases[i].ws[rank].shape[1] + pad)
+            x = tokens.hold(cases[i].xs[rank], cases[i].xs[rank].shape[1] + pad)
+            torch.cuda.synchronize()  # a static weight is one that no kernel in flight writes
+            assert same(linear(x, w, None, group, static_weight=static), wants[i]), shapes[i]
+
+
+def test_a_weight_in_the_place_of_another_is_read_by_its_own_shape_stride_and_dtype(shared_group, rank, size):
+    before = fused_calls(shared_group)
+    shapes = [
+        (8, 2184, 520, 0, torch.bfloat16),
+        (8, 1032, 520, 24, torch.bfloat16),
+        (8, 2184, 264, 256, torch.bfloat16),
+        (8, 2184, 264, 256, torch.float16),
+        (33, 2184, 264, 0, torch.float16),
+        (33, 2120, 1024, 8, torch.bfloat16),
+    ]
+    check_that_one_place_serves_all(shared_group, rank, size, shapes)
+    assert fused_calls(shared_group) == before + 4 * len(shapes)
+    shared_group.check()
+
+
 def sentence(call) -> str:
     error = raised(call)
     assert isinstance(error, dist.DistBackendError), error

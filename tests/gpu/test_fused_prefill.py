@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from tests.distributed_cases import gather_objects
-from tests.gpu.test_fused import CALLS, DTYPES, LIMIT, Case, digest, fused_calls, linear, same, sentence
+from tests.gpu.test_fused import (
+    CALLS,
+    DTYPES,
+    LIMIT,
+    Case,
+    check_that_one_place_serves_all,
+    digest,
+    fused_calls,
+    linear,
+    same,
+    sentence,
+)
 
 SMS = int(os.environ.get("SGLANG_SYMM_SMS", torch.cuda.get_device_properties(0).multi_processor_count))
 CLUSTERS = min(SMS // 2, 64)
@@ -291,6 +302,21 @@ def test_a_weight_written_by_the_kernel_before_is_read_as_written(group, rank, s
     for _ in range(30):
         graph.replay() if in_graph else calls()
     assert wrong.item() == 0
+
+
+def test_a_weight_in_the_place_of_another_is_read_by_its_own_shape_stride_and_dtype(group, rank, size):
+    before = fused_calls(group)
+    shapes = [
+        (250, WIDE, 264, 0, torch.bfloat16),
+        (250, WIDE - 192, 264, 24, torch.bfloat16),
+        (250, WIDE, 136, 128, torch.bfloat16),
+        (1400, WIDE, 136, 128, torch.float16),
+        (1400, WIDE - 192, 200, 0, torch.float16),
+        (1400, WIDE, 72, 8, torch.bfloat16),
+    ]
+    check_that_one_place_serves_all(group, rank, size, shapes)
+    assert fused_calls(group) == before + 4 * sum(is_fused(size, m, n) for m, n, *_ in shapes)
+    group.check()
 
 
 @pytest.mark.parametrize("m", [250, 1400])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 
 import pytest
@@ -26,9 +27,22 @@ def fused_world(size):
         pytest.skip("the fused kernel is for 2, 4 and 8 ranks")
 
 
-def test_replays_with_allocations_and_eager_calls_between_differ_in_no_bit(shared_group, rank, size):
-    group = shared_group
+def long_n(group, waves):
+    """Rows of a weight that are so many waves of tiles over the SMs of a rank, and a part of a tile."""
+    sms = int(re.search(r"max_ctas=(\d+)", group.info()["settings"]["agreed"])[1])
+    rows = 64 if group.world_size == 2 else 128  # of a tile of the decode kernel
+    return int(waves * sms) * rows + 8
+
+
+# Slots for 64 tokens of 1.5 waves of tiles between 8 ranks of 132 SMs each, and room for what graphs keep.
+LONG_ARENA = 512 << 20
+
+
+def test_replays_with_allocations_and_eager_calls_between_differ_in_no_bit(make, rank, size):
+    group = make(arena_bytes=LONG_ARENA)
     cases = [Case(size, m, 2184, 264, torch.bfloat16, seed=m, bias=m % 2 == 0) for m in (1, 7, 16, 33, 64)]
+    # CTAs that have a second tile, or a third: rings and slots go on where the tile before has left them.
+    cases += [Case(size, m, long_n(group, waves), 72, torch.bfloat16, seed=m) for m, waves in ((5, 2.25), (40, 1.5))]
     wants = [case.expected().view(torch.int16) for case in cases]
     noise = torch.ones(5000, device="cuda")
     for case in cases:
@@ -50,19 +64,22 @@ def test_replays_with_allocations_and_eager_calls_between_differ_in_no_bit(share
             live.append(memory.empty(100 * (1 + (i * 7 + rank * 3) % 50), group=group, dtype=torch.float32).fill_(-1.0))
             live = live[-(1 + (i // 10 + rank) % 5) :]
         if i % 50 == 0:
-            wrong += (cases[i // 50 % 5].call(group, rank).view(torch.int16) != wants[i // 50 % 5]).sum()
+            eager = i // 50 % len(cases)
+            wrong += (cases[eager].call(group, rank).view(torch.int16) != wants[eager]).sum()
     assert wrong.item() == 0
     group.check()
 
 
 def test_calls_of_random_shapes_differ_in_no_bit(make, rank, size):
     """The same calls on all ranks, in graphs of 100 so that the host does not hold them up."""
-    group = make(arena_bytes=128 << 20)
+    group = make(arena_bytes=LONG_ARENA)
     shapes = random.Random(7)
     pool = []
     for seed in range(60):
         m, k = shapes.randint(1, 64), 8 * shapes.randint(1, 100)
         n = 8 * (shapes.randint(1, 300) if m <= 16 else shapes.randint(265, 400))
+        if seed % 5 == 0:  # more tiles than SMs
+            n, k = long_n(group, shapes.uniform(1.1, 1.5)), 8 * shapes.randint(1, 12)
         case = Case(size, m, n, k, shapes.choice([torch.bfloat16, torch.float16]), seed, shapes.random() < 0.5)
         pool.append((case, case.expected().view(torch.int16)))
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -87,7 +104,9 @@ def test_calls_of_random_shapes_differ_in_no_bit(make, rank, size):
         calls += 1000
         # Ranks stop together: whoever has run out of time says so.
         stop = group.all_reduce(torch.full((1,), float(time.monotonic() - start > SECONDS), device="cuda"))
+    done = f"{calls} calls of {len(pool)} shapes in {time.monotonic() - start:.0f} s, {wrong.item()} wrong elements"
     if rank == 0:
-        print(f"{calls} calls of 60 shapes in {time.monotonic() - start:.0f} s, {wrong.item()} wrong elements")
+        print(done)
     assert wrong.item() == 0
+    assert calls >= CALLS, f"{done}: expected {CALLS} calls in {SECONDS:g} s"
     group.check()

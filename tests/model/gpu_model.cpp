@@ -34,9 +34,9 @@ using Mask = unsigned __int128;
 
 // --- what is modelled -----------------------------------------------------------------------------------------------
 
-enum class Kind : uint8_t { one_shot, two_shot, direct, copy, zero, fused, fused_two_shot, prefill };
+enum class Kind : uint8_t { one_shot, two_shot, direct, copy, zero, fused, fused_two_shot, prefill, prefill_last };
 constexpr const char* kKinds[] = {
-    "one_shot",  // sentinel slots; between two ranks two chunks, of one CTA each
+    "one_shot",  // sentinel slots; between two ranks two chunks, of one CTA each. The prefill kernel, one-shot, too
     "two_shot",  // partials to their owner, sums to everybody: sentinel slots, too
     "direct",    // owners read and write everybody's tensor, in place: headers, then done flags
     "copy",      // broadcast through small slots, whose words carry their epoch; the root is rank 0, in the fourth call
@@ -45,7 +45,12 @@ constexpr const char* kKinds[] = {
     "fused",     // the decode kernel, one-shot: two tiles between two ranks, else one
     "fused_two_shot",  // the decode kernel, two-shot: results are collected one tile late
     "prefill",  // the prefill kernel, two-shot: partials and their flags to the owner, sums to everybody, done flags
+    "prefill_last",  // the same between two ranks, which both sum the tiles of the last wave
 };
+
+constexpr bool is_prefill(Kind kind) {
+  return kind == Kind::prefill || kind == Kind::prefill_last;
+}
 
 struct Fault {
   const char* name;
@@ -232,7 +237,8 @@ class Writer {
       if (kind == Kind::copy) copy();
       if (kind == Kind::fused) fused();
       if (kind == Kind::fused_two_shot) fused_two_shot();
-      if (kind == Kind::prefill) prefill();
+      if (is_prefill(kind)) prefill();
+      if (kind == Kind::prefill_last) exchange_last();
       base_ = begin_ = bit(add(Act::end, 0, 0, program_.of_call[call_] | base_, {}));
     }
     program_.begin[call_] = program_.ops.size();
@@ -283,7 +289,7 @@ class Writer {
     each_peer([&](int s) { words.push_back(at_.header(me_, s, parity)); });
     if (mutant(Mutant::last_peer_not_awaited)) words.pop_back();
     // Direct algorithms: every CTA awaits them as a whole.
-    const bool whole = kind == Kind::direct || kind == Kind::prefill;
+    const bool whole = kind == Kind::direct || is_prefill(kind);
     const int index = add(Act::await, whole ? kWorker : kSignal, call_, 0, words);
     program_.ops[index].compares = true;
     headers_ = bit(index);
@@ -373,6 +379,16 @@ class Writer {
     const int taken = take(kWorker, headers_, flags);
     re_arm(kWorker, taken, flags);
     write_share_and_close(bit(add(Act::read, kWorker, call_, bit(taken), partials)));
+  }
+
+  // What math warps push of the last wave's tiles, behind the flags in the slots. They wait for no header, and the
+  // closing barrier, which is another warp's, does not wait for them.
+  void exchange_last() {
+    const auto slot = [&](int d, int s) { return at_.slot(d, slot_parity(), kMaxRanks + s); };
+    each_peer([&](int d) { push(kReducer, 0, slot(d, me_)); });
+    std::vector<int> words;
+    each_peer([&](int s) { words.push_back(slot(me_, s)); });
+    re_arm(kReducer, take(kReducer, 0, words), words);
   }
 
   void copy() {
@@ -695,7 +711,7 @@ class Machine : public explore::Narrator {
     const bool odd_call = config_.odd_rank >= 0 && op.call == 2;
     if (odd_call && !broken) violate(r, "returns from call 2, in which ranks disagree");
     const Kind kind = config_.calls[op.call - 1];
-    const bool has_tensor = kind == Kind::direct || kind == Kind::prefill;
+    const bool has_tensor = kind == Kind::direct || is_prefill(kind);
     if (broken && has_tensor) {
       for (int i = 0; i < config_.ranks; i++) state.now[at_.tensor(r, i)] = kSpoiled;
     } else if (has_tensor && !odd_call) {

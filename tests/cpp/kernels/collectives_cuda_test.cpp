@@ -333,6 +333,30 @@ TEST(CollectivesCuda, AReplayAfterTheGroupsEndTouchesNobody) {
   EXPECT_TRUE(all_nan(call.out[0].data, 50));
 }
 
+TEST(CollectivesCuda, AWindowThatShowsAnotherArenaIsFoundByNameBeforeTheFirstCall) {
+  struct Mistake {
+    int rank, arena;  // in which that rank finds it
+    Mapping mapping;
+  };
+  const Mistake mistakes[] = {
+      // Two, the wrong way round; one for two; one for another.
+      {0, 1, [](int rank, int peer) { return rank == 0 ? 3 - peer : peer; }},
+      {2, 0, [](int rank, int peer) { return rank == 2 ? 1 : peer; }},
+      {1, 0, [](int rank, int peer) { return rank == 1 && peer == 0 ? 2 : peer; }},
+      // Its own for another: what it wrote there is in place of its own.
+      {1, 1, [](int rank, int peer) { return rank == 1 && peer == 2 ? 1 : peer; }},
+  };
+  for (const Mistake& mistake : mistakes) {
+    const Gpus gpus(3, 1, 1e6, 2, 4 << 20, mistake.mapping);
+    const std::string& said = gpus.errors[static_cast<size_t>(mistake.rank)];
+    EXPECT_NE(said.find(cat("group 'g': rank ", mistake.rank, " (cuda:0) reads ")), std::string::npos) << said;
+    EXPECT_NE(said.find(cat(" from the arena of rank ", mistake.arena, ", expected ")), std::string::npos) << said;
+    EXPECT_NE(said.find(cat("the memory that it maps is not rank ", mistake.arena, "'s")), std::string::npos) << said;
+    // The others miss what that rank was to write, or find what it was not to: nobody goes on without it.
+    for (const std::string& error : gpus.errors) EXPECT_NE(error, "") << said;
+  }
+}
+
 // ---- residual and norm ----
 
 TEST(CollectivesCuda, AllReduceNormIsTheSumAddedAndScaledRowByRow) {

@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -37,11 +39,16 @@ struct Gpu {
   }
 };
 
+// Whose arena `rank` maps as that of `peer`.
+using Mapping = std::function<int(int rank, int peer)>;
+
 class Gpus {
  public:
-  // For kernels `seconds` is the emulator's time: 10,000 steps each.
-  explicit Gpus(int size, uint64_t seed, double seconds = 1e6, int max_ctas = 2, size_t arena_bytes = 4 << 20)
-      : machine(seed) {
+  // For kernels `seconds` is the emulator's time: 10,000 steps each. With a `mapping` that is wrong there are errors
+  // and no collectives.
+  explicit Gpus(int size, uint64_t seed, double seconds = 1e6, int max_ctas = 2, size_t arena_bytes = 4 << 20,
+                const Mapping& mapping = {})
+      : machine(seed), errors(static_cast<size_t>(size)) {
     const LayoutCuda layout = LayoutCuda::of(arena_bytes, size);
     for (int r = 0; r < size; r++) {
       Gpu& gpu = *gpus_.emplace_back(std::make_unique<Gpu>());
@@ -53,17 +60,26 @@ class Gpus {
       for (int peer = 0; peer < size; peer++) {
         if (peer == r) continue;
         (*this)[r].signal->attach(peer, Fd(dup((*this)[peer].signal->fd())));
-        (*this)[r].arena->attach(peer, SegmentCpu::import(Fd(dup((*this)[peer].arena->fd())), arena_bytes));
+        const int mapped = mapping ? mapping(r, peer) : peer;
+        (*this)[r].arena->attach(peer, SegmentCpu::import(Fd(dup((*this)[mapped].arena->fd())), arena_bytes));
       }
     }
     std::vector<std::thread> threads;  // they prove their windows to each other
     for (int r = 0; r < size; r++) {
       threads.emplace_back([&, r] {
         Gpu& gpu = (*this)[r];
-        gpu.collectives = std::make_unique<CollectivesCuda>("g", gpu.arena, *gpu.signal, 0, r, size, layout, max_ctas);
+        try {
+          gpu.collectives =
+              std::make_unique<CollectivesCuda>("g", gpu.arena, *gpu.signal, 0, r, size, layout, max_ctas);
+        } catch (const Error& error) {
+          errors[static_cast<size_t>(r)] = error.what();
+        }
       });
     }
     for (std::thread& thread : threads) thread.join();
+    for (const std::string& error : errors) {
+      if (!mapping && !error.empty()) throw std::runtime_error(error);
+    }
   }
 
   int size() const { return static_cast<int>(gpus_.size()); }
@@ -73,6 +89,7 @@ class Gpus {
   void run(uint64_t most = 10'000'000) { machine.run(most); }
 
   emulator::Machine machine;
+  std::vector<std::string> errors;  // of the ranks, when they proved their windows
 
  private:
   std::vector<std::unique_ptr<Gpu>> gpus_;
