@@ -56,8 +56,8 @@ SLOW = {
     TWO_SHOT: (TWO_SHOT, "if (came[u] || receive(s, partials,", SLEEP + " if (came[u] || receive(s, partials,"),
     FUSED: (
         "fused/decode_sm90.cuh",
-        "reducers.reduce(tile_of(i));",
-        SLEEP.replace("s.call", "a.call") + " reducers.reduce(tile_of(i));",
+        "reducers.reduce(work.tile_of(i));",
+        SLEEP.replace("s.call", "a.call") + " reducers.reduce(work.tile_of(i));",
     ),
 }
 
@@ -246,6 +246,14 @@ MUTANTS = [
         (FUSED,),
     ),
     CudaMutant(
+        "fused, two CTAs a tile: the other half of k is added before it has come",
+        "fused/decode_sm90.cuh",
+        "if (work.part == 0) barrier_wait_cluster(came, 0);",
+        "",
+        FUSED_TEST + "'share_a_tile and bfloat16 and 2048'",
+        (FUSED,),
+    ),
+    CudaMutant(
         "fused, two-shot: slots of results are not re-armed",
         "fused/reducer_sm90.cuh",
         "store_slot(result(tile, c), all_bits_set());",
@@ -257,7 +265,7 @@ MUTANTS = [
     CudaMutant(
         "fused, two-shot: results of the last tile are not collected",
         "fused/decode_sm90.cuh",
-        "if (reducers.two_shot() && tiles > 0) reducers.collect(tile_of(tiles - 1));",
+        "if (reducers.two_shot() && summed > 0) reducers.collect(work.tile_of(summed - 1));",
         "(void)0;",
         TOKENS,
         (FUSED,),

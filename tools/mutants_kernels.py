@@ -229,7 +229,7 @@ MUTANTS = [
     KernelMutant(
         "decode, two-shot: results of the last tile are not collected",
         "fused/decode_sm90.cuh",
-        "if (reducers.two_shot() && tiles > 0) reducers.collect(tile_of(tiles - 1));",
+        "if (reducers.two_shot() && summed > 0) reducers.collect(work.tile_of(summed - 1));",
         "(void)0;",
         FUSED_DECODE,
         (DECODE,),

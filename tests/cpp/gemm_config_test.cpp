@@ -157,22 +157,22 @@ TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
 }
 
 TEST(GemmConfig, WhereHalfOfTheSmsHaveNoTileTwoCtasShareOne) {
-  const auto text = [](int64_t n, int64_t k, int sms, int world = 2) {
-    return to_string(with_columns(*choose_decode({1, n, world, sms}), k, sms));
+  const auto text = [](int64_t m, int64_t n, int64_t k, int world = 2) {
+    return to_string(with_columns(*choose_decode({m, n, world, 132}), k, 132));
   };
-  EXPECT_EQ(text(4096, 2048, 132),
-            "64x16 tiles, 64 in 128 CTAs by half of k, 5 stages of 256 columns, 4 reducers, one-shot");
-  EXPECT_EQ(text(8192, 2048, 132, 8),
-            "128x16 tiles, 64 in 128 CTAs by half of k, 6 stages of 64 columns, 4 reducers, one-shot");
-  EXPECT_EQ(text(4096, 512, 132), "64x16 tiles, 64 in 64 CTAs, 5 stages of 256 columns, 4 reducers, one-shot");
-  EXPECT_EQ(text(4288, 2048, 132), "64x16 tiles, 67 in 67 CTAs, 5 stages of 256 columns, 4 reducers, one-shot");
+  EXPECT_EQ(text(17, 4096, 2048),
+            "64x64 tiles, 64 in 128 CTAs by half of k, 6 stages of 128 columns, 4 reducers, one-shot");
+  EXPECT_EQ(text(64, 8192, 2048, 8),
+            "128x64 tiles, 64 in 128 CTAs by half of k, 6 stages of 64 columns, 8 reducers, two-shot");
+  EXPECT_EQ(text(17, 4096, 2040), "64x64 tiles, 64 in 64 CTAs, 6 stages of 128 columns, 4 reducers, one-shot");
+  EXPECT_EQ(text(17, 4288, 2048), "64x64 tiles, 67 in 67 CTAs, 6 stages of 128 columns, 4 reducers, one-shot");
+  EXPECT_EQ(text(16, 4096, 2048), "64x16 tiles, 64 in 64 CTAs, 5 stages of 256 columns, 4 reducers, one-shot");
   for (const int world : {2, 4, 8}) {
-    for (const int64_t m : {1, 16, 64}) {
-      const auto config = choose_decode({m, 4096, world, 132});
-      const GemmConfig pairs = with_columns(*config, 4096, 132);
-      EXPECT_LE(shared_bytes(pairs), size_t{227} << 10);
-      EXPECT_EQ(slot_bytes(pairs, world), slot_bytes(*config, world));
-    }
+    const auto config = choose_decode({64, 4096, world, 132});
+    const GemmConfig pairs = with_columns(*config, 4096, 132);
+    EXPECT_EQ(pairs.k_parts, 2);
+    EXPECT_LE(shared_bytes(pairs), size_t{227} << 10);
+    EXPECT_EQ(slot_bytes(pairs, world), slot_bytes(*config, world));
   }
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 import warnings
 import zlib
@@ -68,6 +69,16 @@ def fused_calls(group):
     return group.info()["fused_calls"]
 
 
+def sms_of(group):
+    """The SMs that the group's kernels may fill."""
+    return int(re.search(r"max_ctas=(\d+)", group.info()["settings"]["agreed"])[1])
+
+
+def tile_rows(size):
+    """Rows of the weight that a tile of the decode kernel has."""
+    return 64 if size == 2 else 128
+
+
 def digest(y):
     return zlib.crc32(y.cpu().view(torch.int16).numpy().tobytes())
 
@@ -98,7 +109,26 @@ def test_any_n_and_k_that_are_multiples_of_8(make, rank, size, dtype, n, k):
         case = Case(size, m, n, k, dtype, seed=m, bias=m % 2 == 1)
         assert same(case.call(group, rank), case.expected()), m
     # Between two ranks few tiles of many tokens are left to the library.
-    assert fused_calls(group) == (4 if size == 2 and n < 2112 else 7)
+    assert fused_calls(group) == (4 if size == 2 and 4 * -(-n // 64) < sms_of(group) else 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [2048, 2200, 4104])
+def test_two_ctas_that_share_a_tile_give_the_bits_of_all_of_k(shared_group, rank, size, dtype, k):
+    """As many tiles as half of the SMs: from 17 tokens on each CTA of a pair multiplies half of k."""
+    before, n = fused_calls(shared_group), tile_rows(size) * (sms_of(shared_group) // 2) - 8
+    for m in (17, 40, 64):
+        case = Case(size, m, n, k, dtype, seed=m, bias=m == 40)
+        want, differ = case.expected(), torch.zeros((), dtype=torch.int64, device="cuda")
+        # A rank whose weight the copy engine does not take has no pairs, and its peers still do.
+        odd = torch.zeros(n, k + 1, dtype=dtype, device="cuda")[:, 1:].copy_(case.ws[rank])
+        for i in range(30):
+            weight = odd if i % 5 == 3 and rank == size - 1 else case.ws[rank]
+            y = linear(case.xs[rank], weight, case.bias, shared_group, static_weight=i % 2 == 0)
+            differ += (y.view(torch.int16) != want.view(torch.int16)).sum()
+        assert differ.item() == 0, m
+    assert fused_calls(shared_group) == before + 90
+    shared_group.check()
 
 
 def test_other_shapes_and_dtypes_take_the_other_path(shared_group, rank, size):
@@ -318,10 +348,11 @@ def sentence(call) -> str:
     return str(error).split("\n")[0]
 
 
-@pytest.mark.parametrize("m", [1, 33])
-def test_a_missing_rank_is_named_without_a_trap(make, shared_group, rank, size, m):
+@pytest.mark.parametrize(("m", "k"), [(1, 520), (33, 520), (33, 2056)], ids=["few", "many", "by_pairs"])
+def test_a_missing_rank_is_named_without_a_trap(make, shared_group, rank, size, m, k):
     group = make(timeout=LIMIT, first_timeout=20)
-    case = Case(size, m, 2184, 520, torch.bfloat16)
+    n = 2184 if k == 520 else tile_rows(size) * (sms_of(group) // 2)
+    case = Case(size, m, n, k, torch.bfloat16)
     want = case.expected()
     assert same(case.call(group, rank), want)
     torch.cuda.synchronize()

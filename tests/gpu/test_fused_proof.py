@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import time
 
 import pytest
 import torch
 
 from sglang_symm import memory
-from tests.gpu.test_fused import FUSED_WORLDS, Case
+from tests.gpu.test_fused import FUSED_WORLDS, Case, sms_of, tile_rows
 
 REPLAYS = int(os.environ.get("SGLANG_SYMM_TEST_REPLAYS", "10000"))
 CALLS = int(os.environ.get("SGLANG_SYMM_TEST_FUSED_CALLS", "20000"))
@@ -29,9 +28,7 @@ def fused_world(size):
 
 def long_n(group, waves):
     """Rows of a weight that are so many waves of tiles over the SMs of a rank, and a part of a tile."""
-    sms = int(re.search(r"max_ctas=(\d+)", group.info()["settings"]["agreed"])[1])
-    rows = 64 if group.world_size == 2 else 128  # of a tile of the decode kernel
-    return int(waves * sms) * rows + 8
+    return int(waves * sms_of(group)) * tile_rows(group.world_size) + 8
 
 
 # Slots for 64 tokens of 1.5 waves of tiles between 8 ranks of 132 SMs each, and room for what graphs keep.
@@ -43,6 +40,7 @@ def test_replays_with_allocations_and_eager_calls_between_differ_in_no_bit(make,
     cases = [Case(size, m, 2184, 264, torch.bfloat16, seed=m, bias=m % 2 == 0) for m in (1, 7, 16, 33, 64)]
     # CTAs that have a second tile, or a third: rings and slots go on where the tile before has left them.
     cases += [Case(size, m, long_n(group, waves), 72, torch.bfloat16, seed=m) for m, waves in ((5, 2.25), (40, 1.5))]
+    cases.append(Case(size, 24, long_n(group, 0.45), 2056, torch.bfloat16, bias=True))  # two CTAs a tile
     wants = [case.expected().view(torch.int16) for case in cases]
     noise = torch.ones(5000, device="cuda")
     for case in cases:

@@ -232,7 +232,11 @@ class Linear {
     DecodeCuda args{};
     fill_in(&args, gpus, rank);
     const bool pair = args.partial == nullptr && (options_.pairs >> rank & 1) != 0;
-    const GemmConfig mine = pair ? with_columns(config, int64_t{1} << 20, 2 * config.tiles) : config;
+    GemmConfig mine = config;
+    if (pair) {
+      mine.k_parts = 2;
+      mine.ctas = 2 * config.tiles;
+    }
     launch_decode(mine, args, operand(x_[r], rank), operand(weight_[r], rank), &gpus[rank].stream);
   }
   void enqueue_prefill(Gpus& gpus, int rank, const PrefillConfig& config) {
