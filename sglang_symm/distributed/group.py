@@ -77,7 +77,8 @@ class Group:
         process_group: the members, and what serves other dtypes and reductions; default: the whole world. A
             one-dimensional DeviceMesh stands for its process group. One that was made elsewhere keeps its own deadline.
         name: begins ``unique_name``; default ``world`` or ``group``.
-        device: where its tensors live; default: ``cpu`` if the process group serves it, else the current CUDA device.
+        device: where its tensors live; default: the mesh's; ``cpu`` if the process group serves it, else the current
+            CUDA device.
         communicator: ``symm`` or ``process_group`` (no arena; every op goes through the process group).
         arena_bytes, timeout, first_timeout, algo, pinned, strict, tables, nccl: see GroupSettings; None: environment,
             else default.
@@ -131,7 +132,7 @@ class Group:
         try:
             if not isinstance(name, str | None):
                 raise ValueError(f"sglang_symm: expected name to be a str, got {name!r}")
-            self.device: torch.device = _as_device(device, pg)
+            self.device: torch.device = _as_device(device or getattr(process_group, "device_type", None), pg)
             if communicator not in (SYMM, PROCESS_GROUP):
                 raise ValueError(
                     f"sglang_symm: expected communicator {SYMM!r} or {PROCESS_GROUP!r}, got {communicator!r}"

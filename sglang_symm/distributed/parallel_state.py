@@ -159,8 +159,11 @@ class ParallelState:
         enable_symm_mem: bool = False,
         **settings: Any,
     ) -> ParallelState:
-        """``from_process_group`` of the group along ``dim`` of a DeviceMesh (left out: of a one-dimensional one)."""
+        """``from_process_group`` of the group along ``dim`` of a DeviceMesh (left out: of a one-dimensional one).
+
+        On the mesh's type of device unless ``device`` is given."""
         process_group = mesh_process_group(mesh, dim)
+        settings.setdefault("device", mesh.device_type)
         return cls.from_process_group(process_group, attention_data_parallel_size, enable_symm_mem, **settings)
 
     @property
