@@ -37,7 +37,11 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   int threads = 0;
   const Kernel kernel = dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config, &threads)
                                                  : find_kernel<device::Float16>(config, &threads);
-  if (config.k_parts > 1 && config.ctas != 2 * config.tiles) fail(ErrorKind::system, "no grid for ", to_string(config));
+  // The library's product is of all of k.
+  const bool pairs = config.k_parts > 1;
+  if (pairs && (config.ctas != 2 * config.tiles || args.partial != nullptr)) {
+    fail(ErrorKind::system, "no grid for ", to_string(config));
+  }
   if (kernel == nullptr) fail(ErrorKind::system, "no decode kernel for ", to_string(config));
   const int stage_columns = config.boxes * kBoxColumns;
   args.k_steps = static_cast<int>((weight.columns + stage_columns - 1) / stage_columns);
@@ -45,9 +49,11 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   args.tiles = config.tiles;
   args.parts = config.k_parts;
   args.two_shot = config.two_shot;
-  const size_t shared = shared_bytes(config);
+  // One limit for all calls of a kernel: another thread may be between its own limit and its launch.
+  GemmConfig largest = config;
+  largest.k_parts = 2;
   check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared)),
+                                  static_cast<int>(shared_bytes(largest))),
              "cudaFuncSetAttribute of a fused kernel's shared memory");
   cudaLaunchAttribute attributes[2] = {programmatic_launch()};
   attributes[1].id = cudaLaunchAttributeClusterDimension;
@@ -55,10 +61,10 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(static_cast<unsigned>(threads));
-  launch.dynamicSmemBytes = shared;
+  launch.dynamicSmemBytes = shared_bytes(config);
   launch.stream = stream;
   launch.attrs = attributes;
-  launch.numAttrs = config.k_parts > 1 ? 2 : 1;
+  launch.numAttrs = pairs ? 2 : 1;
   check_cuda(
       cudaLaunchKernelEx(&launch, kernel, map_of(weight, dtype, config.tile_n), map_of(x, dtype, config.tile_m), args),
       "the launch of a fused kernel");

@@ -31,8 +31,8 @@ constexpr Row kDecode[] = {
 };
 
 // What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 240
-// tokens, because tiles hold 256; 257 to 900, where tiles of 256 rows leave SMs idle and those of 128 are slower by
-// product.
+// tokens, because tiles hold 256; of N = 8192 257 to 921, where tiles of 256 rows leave SMs idle and those of 128 are
+// slower by product.
 struct PrefillRow {
   int min_world, max_world;
   int max_m;
@@ -82,7 +82,7 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
 }
 
 GemmConfig with_columns(GemmConfig c, int64_t k, int sms) {
-  // Two ranks on one H200, N = 2048 on 66 SMs each, 64 tokens, us: K = 1024 9.8 and 10.8 by pairs, 2048 13.6 and 13.0,
+  // Two ranks on one H200, N = 2048 on 64 SMs each, 64 tokens, us: K = 1024 9.8 and 10.8 by pairs, 2048 13.6 and 13.0,
   // 7168 27.4 and 19.4, 14336 50.8 and 33.3. Up to 16 tokens more of the weight is under way in an SM, and it makes no
   // odds.
   constexpr int64_t kLeast = 2048;

@@ -133,7 +133,8 @@ __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Sessio
   return fine;
 }
 
-// The mover, all lanes: carries staging to where it belongs, raises and awaits flags. It alone waits for peers.
+// The mover, all lanes: carries staging to where it belongs, raises and awaits flags. It alone waits for peers, but
+// in the last wave.
 template <class T>
 struct PrefillMover {
   const PrefillCuda& a;

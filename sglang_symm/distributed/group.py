@@ -132,7 +132,8 @@ class Group:
         try:
             if not isinstance(name, str | None):
                 raise ValueError(f"sglang_symm: expected name to be a str, got {name!r}")
-            self.device: torch.device = _as_device(device or getattr(process_group, "device_type", None), pg)
+            of_mesh = getattr(process_group, "device_type", None)
+            self.device: torch.device = _as_device(of_mesh if device is None else device, pg)
             if communicator not in (SYMM, PROCESS_GROUP):
                 raise ValueError(
                     f"sglang_symm: expected communicator {SYMM!r} or {PROCESS_GROUP!r}, got {communicator!r}"
@@ -256,7 +257,8 @@ class Group:
         Other arguments and errors as in Group.
         """
         process_group = mesh_process_group(mesh, dim)
-        kwargs.setdefault("device", mesh.device_type)
+        if kwargs.get("device") is None:
+            kwargs["device"] = mesh.device_type
         if mesh.mesh_dim_names:
             kwargs.setdefault("name", dim if isinstance(dim, str) else mesh.mesh_dim_names[dim or 0])
         return cls(process_group, **kwargs)

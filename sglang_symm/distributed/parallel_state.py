@@ -163,7 +163,8 @@ class ParallelState:
 
         On the mesh's type of device unless ``device`` is given."""
         process_group = mesh_process_group(mesh, dim)
-        settings.setdefault("device", mesh.device_type)
+        if settings.get("device") is None:
+            settings["device"] = mesh.device_type
         return cls.from_process_group(process_group, attention_data_parallel_size, enable_symm_mem, **settings)
 
     @property
