@@ -16,7 +16,7 @@ from sglang_symm.memory_cuda import CudaArenaContext
 
 class FakeGroup:
     def __init__(self, name: str) -> None:
-        self.unique_name, self.device, self.destroyed = name, "cuda:0", False
+        self.unique_name, self.device, self.destroyed = name, "cuda:1", False
 
 
 class Native:
@@ -51,11 +51,18 @@ class Native:
 @pytest.fixture
 def pools(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`in_use`: the pools that are in use, by thread; `let_go`: whether one went while any was."""
-    seen: dict[str, Any] = {"in_use": {}, "let_go": [], "native": Native(), "capturing": False}
+    seen: dict[str, Any] = {"in_use": {}, "let_go": [], "native": Native(), "capturing": False, "devices": []}
+    current = threading.local()  # the device of a thread, whose first is cuda:0
+
+    @contextlib.contextmanager
+    def on(device: object) -> Iterator[None]:
+        before, current.device = getattr(current, "device", "cuda:0"), device
+        yield
+        current.device = before
 
     class Pool:
         def __init__(self, allocator: object) -> None:
-            pass
+            seen["devices"].append(getattr(current, "device", "cuda:0"))
 
         def __del__(self) -> None:
             seen["let_go"].append(any(seen["in_use"].values()))
@@ -72,6 +79,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def allocator(self) -> None:
             return None
 
+    monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "MemPool", Pool)
     monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen["capturing"])
@@ -88,6 +96,18 @@ def mine(pools: dict[str, Any]) -> list[Any]:
 
 def context(name: str) -> CudaArenaContext:
     return CudaArenaContext(FakeGroup(name))  # type: ignore[arg-type]
+
+
+def test_a_pool_is_made_on_its_group_s_device_whatever_the_thread_s(pools: dict[str, Any]) -> None:
+    def work() -> None:
+        with context("first"):
+            pass
+
+    work()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert pools["devices"] == ["cuda:1", "cuda:1"]
 
 
 def test_only_the_innermost_pool_is_in_use_and_the_outer_one_again_afterwards(pools: dict[str, Any]) -> None:
