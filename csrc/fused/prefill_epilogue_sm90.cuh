@@ -135,22 +135,17 @@ struct PrefillEpilogue {
     if (a.bias != nullptr) add_bias(at.column + 32 * (c >> 1), total);
     return make_uint4(Type::round(&total[0]), Type::round(&total[2]), Type::round(&total[4]), Type::round(&total[6]));
   }
-  // Of the one-shot instance, which does nothing else for a long k: read as rows, 16 bytes a load, and turned, which is
-  // its own inverse. Elsewhere few instructions are what counts.
   __device__ __forceinline__ uint4 product(const PrefillPlace& at, int c) const {
-    constexpr int kWords = T::kOneShot ? 4 : 1;  // a load
-    using Loaded = std::conditional_t<T::kOneShot, uint4, uint32_t>;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    auto* words = reinterpret_cast<Loaded*>(&v);
+    uint32_t word[4] = {};
     const int row = token(at, c);
 #pragma unroll
-    for (int q = 0; q < 4 / kWords; q++) {
-      const int column = at.column + 32 * (c >> 1) + 8 * q + 2 * kWords * (lane & 3);
+    for (int q = 0; q < 4; q++) {
+      const int column = at.column + 32 * (c >> 1) + 8 * q + 2 * (lane & 3);
       if (row >= a.m || column >= a.n) continue;
-      const auto* from = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
-      words[q] = *reinterpret_cast<const Loaded*>(from);
+      const auto* words = static_cast<const uint16_t*>(a.partial) + static_cast<size_t>(row) * a.n + column;
+      word[q] = *reinterpret_cast<const uint32_t*>(words);
     }
-    return T::kOneShot ? row_of_quad(v, lane) : v;
+    return make_uint4(word[0], word[1], word[2], word[3]);
   }
   __device__ __forceinline__ void add_bias(int column, float (&total)[8]) const {
 #pragma unroll
