@@ -49,15 +49,10 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   args.tiles = config.tiles;
   args.parts = config.k_parts;
   args.two_shot = config.two_shot;
-  // One limit for all calls of a kernel: another thread may be between its own limit and its launch.
   GemmConfig largest = config;
   largest.k_parts = 2;
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_bytes(largest))),
-             "cudaFuncSetAttribute of a fused kernel's shared memory");
-  cudaLaunchAttribute attributes[2] = {programmatic_launch()};
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {2, 1, 1};
+  allow_shared(kernel, shared_bytes(largest));
+  cudaLaunchAttribute attributes[] = {programmatic_launch(), cluster_launch(2)};
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(static_cast<unsigned>(threads));

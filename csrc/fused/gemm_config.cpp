@@ -65,18 +65,16 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
     if (s.world_size > row.max_world || s.m > row.max_m) continue;
     const int tiles = static_cast<int>((s.n + row.tile_n - 1) / row.tile_n);
     if (int64_t{tiles} * row.least_busy < s.sms) return std::nullopt;
-    GemmConfig c{};
-    c.tile_n = row.tile_n;
-    c.tile_m = row.tile_m;
-    c.boxes = row.boxes;
-    c.stages = row.stages;
-    c.reducers = row.reducers;
-    c.tiles = tiles;
-    c.ctas = std::min(tiles, s.sms);
-    c.k_parts = 1;
-    c.max_world = row.max_world;
-    c.two_shot = row.two_shot;
-    return c;
+    return GemmConfig{.tile_n = row.tile_n,
+                      .tile_m = row.tile_m,
+                      .boxes = row.boxes,
+                      .stages = row.stages,
+                      .reducers = row.reducers,
+                      .tiles = tiles,
+                      .ctas = std::min(tiles, s.sms),
+                      .k_parts = 1,
+                      .max_world = row.max_world,
+                      .two_shot = row.two_shot};
   }
   return std::nullopt;
 }

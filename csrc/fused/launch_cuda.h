@@ -47,4 +47,20 @@ inline cudaLaunchAttribute programmatic_launch() {
   return attribute;
 }
 
+inline cudaLaunchAttribute cluster_launch(unsigned ctas) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {ctas, 1, 1};
+  return attribute;
+}
+
+// A limit of the kernel, not of a call: where calls take different amounts each sets the largest, because another
+// thread may be between its own limit and its launch.
+template <class Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             "cudaFuncSetAttribute of a fused kernel's shared memory");
+}
+
 }  // namespace sglang_symm

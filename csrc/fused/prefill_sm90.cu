@@ -37,15 +37,11 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   args.share = config.share;
   args.pushed = flag_bytes(config, args.call.world_size);
   const size_t shared = shared_bytes(config);
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared)),
-             "cudaFuncSetAttribute of a fused kernel's shared memory");
-  cudaLaunchAttribute attributes[2] = {programmatic_launch()};
+  allow_shared(kernel, shared);
+  cudaLaunchAttribute attributes[] = {programmatic_launch(), cluster_launch(kPrefillCluster)};
   // Two-shot: the clusters that idle in the last wave would be taken by the next kernel's, and its own then start in
   // whatever order SMs become free: 2 us more at 2048 tokens.
   if (!config.one_shot) attributes[0].val.programmaticStreamSerializationAllowed = 0;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kPrefillCluster, 1, 1};
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(device::PrefillTile<device::BFloat16, 128, true>::kThreads);
