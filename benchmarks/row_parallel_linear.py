@@ -269,8 +269,8 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if args.bandwidth is None:
-        named = [speed for name, speed in BANDWIDTH.items() if name in torch.cuda.get_device_name()]
-        args.bandwidth = named[0] if named else BANDWIDTH["H100"]
+        named = (speed for name, speed in BANDWIDTH.items() if name in torch.cuda.get_device_name())
+        args.bandwidth = next(named, BANDWIDTH["H100"])
     shared = size > torch.cuda.device_count()
     if shared:
         dist.init_process_group("gloo")

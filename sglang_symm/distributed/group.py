@@ -132,8 +132,7 @@ class Group:
         try:
             if not isinstance(name, str | None):
                 raise ValueError(f"sglang_symm: expected name to be a str, got {name!r}")
-            of_mesh = getattr(process_group, "device_type", None)
-            self.device: torch.device = _as_device(of_mesh if device is None else device, pg)
+            self.device: torch.device = _as_device(device_over(process_group, device), pg)
             if communicator not in (SYMM, PROCESS_GROUP):
                 raise ValueError(
                     f"sglang_symm: expected communicator {SYMM!r} or {PROCESS_GROUP!r}, got {communicator!r}"
@@ -257,8 +256,7 @@ class Group:
         Other arguments and errors as in Group.
         """
         process_group = mesh_process_group(mesh, dim)
-        if kwargs.get("device") is None:
-            kwargs["device"] = mesh.device_type
+        kwargs["device"] = device_over(mesh, kwargs.get("device"))
         if mesh.mesh_dim_names:
             kwargs.setdefault("name", dim if isinstance(dim, str) else mesh.mesh_dim_names[dim or 0])
         return cls(process_group, **kwargs)
@@ -498,6 +496,13 @@ def mesh_process_group(mesh: DeviceMesh, dim: str | int | None = None) -> dist.P
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         dims = list(mesh.mesh_dim_names or range(mesh.ndim))
         raise ValueError(f"sglang_symm: expected one of the mesh's dimensions {dims}, got {dim!r}") from error
+
+
+def device_over(
+    members: dist.ProcessGroup | DeviceMesh | None, device: torch.device | str | None
+) -> torch.device | str | None:
+    """``device``, or where it is left out that of a mesh."""
+    return getattr(members, "device_type", None) if device is None else device
 
 
 def _as_device(device: torch.device | str | None, process_group: dist.ProcessGroup) -> torch.device:

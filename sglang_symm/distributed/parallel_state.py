@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_symm.distributed.dp_attention import DpPaddingMode, ForwardBatch
-from sglang_symm.distributed.group import PROCESS_GROUP, SYMM, Group, mesh_process_group
+from sglang_symm.distributed.group import PROCESS_GROUP, SYMM, Group, device_over, mesh_process_group
 from sglang_symm.distributed.rendezvous import (
     Meeting,
     check_agreement,
@@ -163,8 +163,7 @@ class ParallelState:
 
         On the mesh's type of device unless ``device`` is given."""
         process_group = mesh_process_group(mesh, dim)
-        if settings.get("device") is None:
-            settings["device"] = mesh.device_type
+        settings["device"] = device_over(mesh, settings.get("device"))
         return cls.from_process_group(process_group, attention_data_parallel_size, enable_symm_mem, **settings)
 
     @property

@@ -50,9 +50,19 @@ class Half:
             outs = self.calls()
         return graph, outs
 
-    def end(self):
-        assert self.wrong.item() == 0
-        self.group.check()
+
+def no_bit_differed(halves):
+    torch.cuda.synchronize()
+    for half in halves:
+        assert half.wrong.item() == 0
+        half.group.check()
+
+
+def streams_and_graphs(halves):
+    """One of each for each of the groups."""
+    streams, graphs = [torch.cuda.Stream() for _ in halves], [half.captured() for half in halves]
+    torch.cuda.synchronize()
+    return streams, graphs
 
 
 @pytest.fixture
@@ -81,14 +91,11 @@ def test_eager_calls_of_two_groups_mix_in_two_streams(halves):
     torch.cuda.synchronize()
     for half, outs in results:
         half.compare(outs)
-    for half in halves:
-        half.end()
+    no_bit_differed(halves)
 
 
 def test_replays_of_two_groups_overlap_in_two_streams(halves):
-    streams = [torch.cuda.Stream() for _ in halves]
-    graphs = [half.captured() for half in halves]
-    torch.cuda.synchronize()
+    streams, graphs = streams_and_graphs(halves)
     for i in range(ROUNDS):
         if i % 20 == 0:  # a group's own calls are in one order; after that each has the other stream
             take_turns(streams)
@@ -97,15 +104,11 @@ def test_replays_of_two_groups_overlap_in_two_streams(halves):
                 for _ in range(1 + i % 3 if i % 2 == j else 1):  # now one group is ahead, now the other
                     graph.replay()
                 half.compare(outs)
-    torch.cuda.synchronize()
-    for half in halves:
-        half.end()
+    no_bit_differed(halves)
 
 
 def test_eager_calls_of_either_group_come_between_replays_of_both(halves):
-    streams = [torch.cuda.Stream() for _ in halves]
-    graphs = [half.captured() for half in halves]
-    torch.cuda.synchronize()
+    streams, graphs = streams_and_graphs(halves)
     for i in range(ROUNDS):
         for half, (graph, outs), stream in zip(halves, graphs, streams, strict=True):
             with torch.cuda.stream(stream):
@@ -113,9 +116,7 @@ def test_eager_calls_of_either_group_come_between_replays_of_both(halves):
                 half.compare(outs)
                 if i % 3 == 0:
                     half.compare(half.calls())
-    torch.cuda.synchronize()
-    for half in halves:
-        half.end()
+    no_bit_differed(halves)
 
 
 def test_graphs_that_hold_calls_of_both_groups_are_replayed_one_after_the_other(halves):
@@ -126,6 +127,4 @@ def test_graphs_that_hold_calls_of_both_groups_are_replayed_one_after_the_other(
         graph.replay()
         for half, results in zip((*halves, *halves), outs, strict=True):
             half.compare(results)
-    torch.cuda.synchronize()
-    for half in halves:
-        half.end()
+    no_bit_differed(halves)
