@@ -2,7 +2,7 @@
 """A decode step and a prefill of a Llama-3-shaped model with random weights, tensor-parallel, in CUDA graphs.
 
     torchrun --nproc-per-node 2 benchmarks/llama_decode.py [--shape 8b] [--layers 32] [--json FILE]
-        [--variants symm nccl alone]
+        [--variants symm nccl alone alone_our_norm]
 
 Variants, replayed in turn in one run, on the same weights and cache:
 
@@ -11,11 +11,13 @@ Variants, replayed in turn in one run, on the same weights and cache:
     unfused         torch.mm into symmetric memory, then this library's all_reduce_add_rms_norm
     nccl            torch.nn.functional.linear and torch.distributed.all_reduce in the layer, all collectives by NCCL
     torch_two_shot  torch.mm into torch's symmetric memory, then its two-shot all-reduce; embedding and head by NCCL
-    alone           no communication at all: what the rest of the step costs (its results are wrong)
+    alone           no communication at all, norms by PyTorch: what the rest of a step by NCCL or torch costs
+    alone_our_norm  no communication at all, norms by this library (all_reduce_add_rms_norm in a group of one rank)
 
-Milliseconds of a step: median over repeats of the slowest rank, and quartiles. `communication`: the share
-of a step that goes when communication goes, 1 - alone / variant. A decode step reads the tokens' embeddings, runs all
-layers with attention over `--context` places, and gathers the logits.
+Milliseconds of a step: median over repeats of the slowest rank, and quartiles. `communication`: the share of a step
+that goes when communication goes, 1 - alone / variant, where `alone` (its results are wrong) has the same norms as the
+variant. It is below 0 where the fused kernel is faster than the library's GEMM. A decode step reads the tokens'
+embeddings, runs all layers with attention over `--context` places, and gathers the logits.
 
 A variant that fails on any rank is left out on all, its traceback is printed, and the run ends with status 1. Every
 rank says on stderr what it is at. One that stays there for `--stage-seconds`, or is ended by a signal, prints the
@@ -47,7 +49,7 @@ from torch import Tensor
 
 from sglang_symm.bench import commit, launched
 from sglang_symm.decode_graphs import DecodeGraphs
-from sglang_symm.distributed import ForwardBatch, destroy_model_parallel, initialize_model_parallel
+from sglang_symm.distributed import ForwardBatch, Group, destroy_model_parallel, initialize_model_parallel
 from sglang_symm.distributed.launch import require_launcher
 from sglang_symm.layers.attention import KVCache, TokenBatch
 from sglang_symm.layers.linear import RowParallelLinear, weights_are_static
@@ -70,7 +72,15 @@ SHAPES = {
 }
 
 
-VARIANTS = ("symm", "ordinary", "unfused", "nccl", "torch_two_shot", "alone")
+# Variant -> the one without communication that has the same norms.
+ALONE = {
+    "symm": "alone_our_norm",
+    "ordinary": "alone_our_norm",
+    "unfused": "alone_our_norm",
+    "nccl": "alone",
+    "torch_two_shot": "alone",
+}
+VARIANTS = (*ALONE, "alone", "alone_our_norm")
 
 
 class Progress:
@@ -194,6 +204,16 @@ class LinearAlone(Separate):
         return F.linear(x, self.weight), None
 
 
+class LinearAloneOurNorm(RowParallelLinear):
+    # Of this rank alone, for all layers.
+    one_rank: Group | None = None
+
+    def forward_add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        assert self.one_rank is not None
+        y, name = F.linear(x, self.weight), self.one_rank.unique_name
+        return torch.ops.sglang_symm.all_reduce_add_rms_norm(y, residual, norm.weight, norm.eps, name)
+
+
 def use(model: LlamaForCausalLM, variant: str) -> None:
     """Make the model communicate in this way from here on."""
     group = model.state.tp
@@ -203,12 +223,13 @@ def use(model: LlamaForCausalLM, variant: str) -> None:
         "nccl": NcclLinear,
         "torch_two_shot": TorchTwoShotLinear,
         "alone": LinearAlone,
+        "alone_our_norm": LinearAloneOurNorm,
     }
     kind = kinds.get(variant, RowParallelLinear)
     for module in model.modules():
         if isinstance(module, RowParallelLinear):
             module.__class__ = kind
-    other = {"nccl": NcclGroup, "torch_two_shot": NcclGroup, "alone": NoGroup}.get(variant)
+    other = NoGroup if variant in ALONE.values() else NcclGroup if ALONE[variant] == "alone" else None
     for module in (model.model.embed_tokens, model.lm_head):
         module.group = other(group) if other else group
 
@@ -292,13 +313,13 @@ def of_the_slowest(times: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    alone = statistics.median(times["alone"]) if "alone" in times else None
     rows = {}
     for name, each in times.items():
         low, median, high = statistics.quantiles(each, n=4)
         rows[name] = {"median_ms": round(median, 4), "q1": round(low, 4), "q3": round(high, 4)}
+        alone = times.get(ALONE.get(name, ""))
         if alone is not None:
-            rows[name]["communication"] = round(1 - alone / median, 4)
+            rows[name]["communication"] = round(1 - statistics.median(alone) / median, 4)
     return rows
 
 
@@ -334,7 +355,7 @@ def run_case(case: str, n: int, model: LlamaForCausalLM, args: argparse.Namespac
     # bf16 sums of two ranks have one rounding in any order.
     ours = logits.get("symm")
     for variant, other in logits.items():
-        if ours is None or variant in ("symm", "alone"):
+        if ours is None or variant == "symm" or variant in ALONE.values():
             continue
         row[f"{variant}_logits_differ_by"] = float((other - ours).abs().max() / ours.abs().max())
     if ours is not None and "ordinary" in logits:
@@ -345,7 +366,7 @@ def run_case(case: str, n: int, model: LlamaForCausalLM, args: argparse.Namespac
 def line(row: dict[str, Any]) -> str:
     rows = {name: row[name] for name in VARIANTS if name in row}
     cells = [f"{k} {v['median_ms']:.3f} ({v['q1']:.3f}-{v['q3']:.3f})" for k, v in rows.items()]
-    shares = [f"{k} {v['communication']:.1%}" for k, v in rows.items() if "communication" in v and k != "alone"]
+    shares = [f"{k} {v['communication']:.1%}" for k, v in rows.items() if "communication" in v]
     differ = [f"{k.split('_logits')[0]} {v:.2g}" for k, v in row.items() if k.endswith("_logits_differ_by")]
     parts = ["  ".join(cells) + " ms"]
     parts += [f"communication {', '.join(shares)}"] if shares else []
@@ -377,6 +398,8 @@ def tear_down(progress: Progress) -> None:
     """
     with progress.stage("the end"):
         TorchTwoShotLinear.buffer = None
+        if LinearAloneOurNorm.one_rank is not None:
+            LinearAloneOurNorm.one_rank.destroy()
         gc.collect()
         torch.cuda.synchronize()
         dist.all_reduce(torch.zeros(1))  # by Gloo: nobody leaves while another still measures
@@ -389,6 +412,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         state = initialize_model_parallel(int(os.environ["WORLD_SIZE"]), enable_symm_mem=True, device="cuda")
         model = random_model(args.shape, args.layers, state)
         weights_are_static(model)
+        if "alone_our_norm" in args.variants:
+            one_rank, _ = dist.new_subgroups(1)
+            LinearAloneOurNorm.one_rank = Group(one_rank, name="alone", device=state.device)
     cases = [("decode", batch) for batch in args.batches] + [("prefill", n) for n in [args.prefill] if n]
     if "torch_two_shot" in args.variants:
 

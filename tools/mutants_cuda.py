@@ -2,13 +2,14 @@
 
     python tools/mutants_cuda.py list
     python tools/mutants_cuda.py build --out FOLDER [--only NAME]      where nvcc is: a library a mutant; no GPU needed
-    python tools/mutants_cuda.py run FOLDER [--jobs 4] [--limit 45]    where two GPUs are
+    python tools/mutants_cuda.py run FOLDER [--jobs 4] [--limit 45]    where two GPUs are, or one that ranks share
 
 Needs a CUDA build in place (SGLANG_SYMM_CUDA=1 python setup.py build_ext --inplace). Only the sources that a mutant
 touches are compiled again, and for two ranks alone where its tests have two. Some mistakes show only when a rank is
 slow between two steps; such a mutant makes rank 1 sleep there, and a control of the same sleep without the mistake must
 pass, as must the library as it is. A mutant whose tests are ended at the limit is caught too, as ranks may wait for
-ever; that is told, and with such a sleep it counts only when the control has passed.
+ever; that is told, and with such a sleep it counts only when the control has passed. On one GPU all ranks of a test
+share it (tools/mps_rig.py).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class CudaMutant(Mutant):
 
     units: tuple[str, ...] = ()  # sources of csrc/ that are compiled again
     slow: bool = False  # rank 1 is slow there
-    ranks: int = 2  # on GPUs of their own; 4: on one, by tools/mps_rig.py
+    ranks: int = 2  # on GPUs of their own as far as there are two; 4: on one, by tools/mps_rig.py
     control: bool = False  # its tests must pass
 
 
@@ -384,7 +385,18 @@ def tree(library: Path, target: Path) -> None:
     shutil.copyfile(library, target / "sglang_symm" / "_C.abi3.so")
 
 
-def start(mutant: CudaMutant, target: Path, log: Path, gpu: int) -> list[subprocess.Popen[bytes]]:
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them: two at most. Raises SystemExit when there is none."""
+    import torch
+
+    count = min(torch.cuda.device_count(), 2)
+    if count == 0:
+        raise SystemExit("mutants_cuda: run needs a GPU, and torch sees none here (nvidia-smi tells why)")
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:count]
+
+
+def start(mutant: CudaMutant, target: Path, log: Path, gpu: str | None) -> list[subprocess.Popen[bytes]]:
+    """Ranks on GPUs of their own, or, with `gpu`, all on that one."""
     tests = re.findall(r"'([^']*)'|(\S+)", mutant.tests)
     pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(a or b for a, b in tests)]
     env = {
@@ -395,9 +407,8 @@ def start(mutant: CudaMutant, target: Path, log: Path, gpu: int) -> list[subproc
         "OMP_NUM_THREADS": "1",
     }
     with open(log, "wb") as output:
-        if mutant.ranks > 2:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
-            env["CUDA_VISIBLE_DEVICES"] = visible[gpu]
+        if gpu is not None:
+            env["CUDA_VISIBLE_DEVICES"] = gpu
             command = [sys.executable, "tools/mps_rig.py", "--ranks", str(mutant.ranks), "--", *pytest]
             return [subprocess.Popen(command, cwd=target, env=env, stdout=output, stderr=output)]
         with socket.socket() as probe:
@@ -422,7 +433,7 @@ class Outcome(NamedTuple):
     at_limit: bool = False  # they had to be ended
 
 
-def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: int) -> Outcome:
+def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: str | None) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         target, log = Path(folder), Path(folder, "log")
         tree(library, target)
@@ -435,7 +446,7 @@ def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: int) -> Out
         late = [rank for rank in ranks if rank.poll() is None]
         crashed = any(rank.returncode for rank in ranks)
         for rank in late:
-            rank.send_signal(signal.SIGTERM if mutant.ranks > 2 else signal.SIGKILL)
+            rank.send_signal(signal.SIGKILL if gpu is None else signal.SIGTERM)  # the rig ends its ranks
         for rank in ranks:
             rank.wait()
         text = log.read_text(errors="replace")
@@ -472,13 +483,18 @@ def run(folder: Path, jobs: int, limit: float, only: str | None) -> int:
         tests = all_of([m.tests for m in chosen if m.ranks == ranks])
         plain.append(CudaMutant(name, "", "", "", tests, ranks=ranks, control=True))
     original = ROOT / "sglang_symm" / "_C.abi3.so"
+    gpus = visible_gpus()
     begin = time.monotonic()
+
+    def shared(mutant: CudaMutant) -> bool:
+        return mutant.ranks > len(gpus)
 
     def attempt(numbered: tuple[int, CudaMutant]) -> Outcome:
         number, mutant = numbered
         start = time.monotonic()
         library = original if mutant in plain else folder / f"{slug(mutant.name)}.so"
-        found = try_mutant(mutant, library, 4 * limit if mutant.control else limit, number % 2)
+        gpu = gpus[number % len(gpus)] if shared(mutant) else None
+        found = try_mutant(mutant, library, 4 * limit if mutant.control else limit, gpu)
         mark = ("CAUGHT" if found.noticed else "passes") if mutant.control else "SURVIVED"
         if found.noticed and not mutant.control:
             mark = "caught (ended at the limit)" if found.at_limit else "caught"
@@ -491,8 +507,8 @@ def run(folder: Path, jobs: int, limit: float, only: str | None) -> int:
 
     everything = [*plain, *chosen]
     with ThreadPoolExecutor(2) as pool:  # those of the rig beside the others
-        rig = pool.submit(several, [m for m in everything if m.ranks > 2], max(1, jobs // 4))
-        found = several([m for m in everything if m.ranks == 2], jobs) | rig.result()
+        rig = pool.submit(several, [m for m in everything if shared(m)], max(1, jobs // 4) if len(gpus) > 1 else jobs)
+        found = several([m for m in everything if not shared(m)], jobs) | rig.result()
     passing = {m.units[0] for m in CONTROLS if m in found and not found[m].noticed}
     right = {m: outcome.noticed != m.control for m, outcome in found.items()}
     ended = [m for m, outcome in found.items() if outcome.at_limit and not m.control]

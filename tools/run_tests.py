@@ -223,12 +223,12 @@ def long_parts(gpus: int) -> list[Part]:
     calls.env = {"SGLANG_SYMM_TEST_FUSED_CALLS": "1000000", "SGLANG_SYMM_TEST_FUSED_SECONDS": "240"}
     reports = ["--reports", str(OUT / "memcheck2")]
     memcheck = [sys.executable, "tests/gpu/small_calls.py", "--sanitizer", "memcheck", *reports]
+    mutants = [sys.executable, "tools/mutants_cuda.py", "run", "build/mutants_cuda"]
+    programs = {"memcheck2": memcheck, "mutants2": mutants}
+    parts = [calls, *(Part(name, run, gpus=min(gpus, 2), program=True) for name, run in programs.items())]
     # Numbers that neither two nor three divides: shares are uneven, and registers are for more sources than there are.
-    odd = [on_the_rig(ranks, "tests/gpu/test_collectives.py") for ranks in (5, 7)]
-    parts = [calls, Part("memcheck2", memcheck, gpus=min(gpus, 2), program=True), *odd]
-    if gpus > 1:
-        mutants = [sys.executable, "tools/mutants_cuda.py", "run", "build/mutants_cuda"]
-        parts.append(Part("mutants2", mutants, gpus=2, program=True))
+    # And as many as a group takes.
+    parts += [on_the_rig(ranks, "tests/gpu/test_collectives.py") for ranks in (5, 7, 16)]
     for part in parts:
         part.unasked = False
     return parts
