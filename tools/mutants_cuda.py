@@ -50,11 +50,14 @@ PREFILL = "fused/prefill_sm90.cu"
 MANY_TOKENS = "tests/gpu/test_fused_prefill.py -k 'every_number and bfloat16'"
 TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
 
-# Where rank 1 is slow, in every fourth call: after it has sent its data, before it takes those of others.
+# Where rank 1 is slow, in every fourth call, so that others run ahead of what it has still to read or to write.
 SLEEP = "if (s.call.rank == 1 && (s.epoch & 3) == 2) __nanosleep(100000);"
 SLOW = {
     ONE_SHOT: (ONE_SHOT, "const bool came = s.alive &&", SLEEP + " const bool came = s.alive &&"),
-    TWO_SHOT: (TWO_SHOT, "if (came[u] || receive(s, partials,", SLEEP + " if (came[u] || receive(s, partials,"),
+    # The results are out, so the other rank may end the call and begin the next.
+    TWO_SHOT: (TWO_SHOT, "re_arm<Max>(s, partials, i);", SLEEP + " re_arm<Max>(s, partials, i);"),
+    # All warps but the first, whose thread sends the flags.
+    DIRECT: (DIRECT, "const uint4 sum = sum_in", f"if (threadIdx.x >= kWarp) {{ {SLEEP} }} const uint4 sum = sum_in"),
     FUSED: (
         "fused/decode_sm90.cuh",
         "reducers.reduce(work.tile_of(i));",
@@ -190,6 +193,14 @@ MUTANTS = [
         (TWO_SHOT,),
     ),
     CudaMutant(
+        "direct: contributions are summed before they have come",
+        DIRECT,
+        "await_flag(s, s.peer(lane + 1), &PadCuda::arrived)",
+        "true",
+        SUMS.format("direct"),
+        (DIRECT,),
+    ),
+    CudaMutant(
         "direct: no done flag is awaited",
         DIRECT,
         "if (fine) fine = finish(s);\n  const std::byte* result",
@@ -204,6 +215,7 @@ MUTANTS = [
         "",
         SUMS.format("direct"),
         (DIRECT,),
+        slow=True,
     ),
     CudaMutant(
         "small copies: an older copy counts",
@@ -295,6 +307,7 @@ CONTROLS = [
     for unit, (file, old, new), tests in (
         (ONE_SHOT, SLOW[ONE_SHOT], IN_A_ROW.format("one_shot")),
         (TWO_SHOT, SLOW[TWO_SHOT], IN_A_ROW.format("two_shot and not direct")),
+        (DIRECT, SLOW[DIRECT], SUMS.format("direct")),
         (FUSED, SLOW[FUSED], TOKENS),
     )
 ]

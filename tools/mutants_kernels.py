@@ -32,6 +32,7 @@ EVERY = ("collective/bracket_cuda.cu", DIRECT, NORM, ONE_SHOT, SMALL, TWO_SHOT, 
 REDUCER, MOVER = "fused/reducer_sm90.cuh", "fused/prefill_mover_sm90.cuh"
 
 MIXED = "CollectivesCuda.Calls*"
+CONTRIBUTIONS = "CollectivesCuda.EveryCta*"
 COPIES = "CollectivesCuda.ReduceScatter*"
 MISSING = "CollectivesCuda.AMissingRank*"
 DISAGREE = "CollectivesCuda.RanksThat*"
@@ -142,6 +143,21 @@ MUTANTS = [
         seeds=60,
     ),
     KernelMutant("reduce_scatter: slots are not re-armed", TWO_SHOT, "re_arm<Max>(s, slots, i);", "(void)0;", COPIES),
+    KernelMutant(
+        "direct: contributions are summed before they have come",
+        DIRECT,
+        "await_flag(s, s.peer(lane + 1), &PadCuda::arrived)",
+        "true",
+        CONTRIBUTIONS,
+    ),
+    KernelMutant(
+        "direct: arrived flags are sent before the contributions",
+        DIRECT,
+        "bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between\n"
+        "  if (fine && !works)",
+        "bool fine = s.alive;\n  if (fine && !works)",
+        CONTRIBUTIONS,
+    ),
     KernelMutant(
         "direct: no done flag is awaited",
         DIRECT,

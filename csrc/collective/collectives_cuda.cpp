@@ -187,9 +187,11 @@ void CollectivesCuda::all_reduce(const Descriptor& descriptor, const AllReduceAr
   const size_t world = static_cast<size_t>(world_size_);
   const size_t one_shot_part = layout_.slot_bytes / world / 128 * 128;
   const size_t two_shot_part = layout_.slot_bytes / 2 / world / 128 * 128;
-  const size_t most = descriptor.algorithm == Algorithm::one_shot   ? one_shot_part / 16 * per_chunk
-                      : descriptor.algorithm == Algorithm::two_shot ? world * (two_shot_part / 16) * per_chunk
-                                                                    : layout_.staging_bytes / 16 * per_chunk;
+  const size_t direct_part = layout_.staging_bytes / world / 128 * 128;
+  const size_t part = descriptor.algorithm == Algorithm::one_shot   ? one_shot_part
+                      : descriptor.algorithm == Algorithm::two_shot ? two_shot_part
+                                                                    : direct_part;
+  const size_t most = (descriptor.algorithm == Algorithm::one_shot ? 1 : world) * (part / 16) * per_chunk;
   size_t begin = 0;
   do {  // a call of 0 elements sends its header too
     SumCuda round = sum(descriptor);
@@ -200,31 +202,23 @@ void CollectivesCuda::all_reduce(const Descriptor& descriptor, const AllReduceAr
     round.bias_length = args.bias_length;
     round.bias_start = begin;
     const size_t chunks = (round.count + per_chunk - 1) / per_chunk;
-    round.part = descriptor.algorithm == Algorithm::two_shot ? two_shot_part : one_shot_part;
+    round.part = part;
     round.share = static_cast<uint32_t>((chunks + world - 1) / world);
     if (descriptor.algorithm == Algorithm::one_shot || world_size_ == 1) {
       launch_one_shot(round, grid_for(chunks, max_ctas_), stream);
     } else if (descriptor.algorithm == Algorithm::two_shot) {
-      launch_two_shot(round, grid_for((chunks + world - 1) / world, max_ctas_), stream);
+      launch_two_shot(round, grid_for(round.share, max_ctas_), stream);
     } else {
-      direct(round, stream);
+      const auto inside = [&](const void* p) {
+        return is_aligned(p) ? arena_->offset_of(p, round.count * element) : std::nullopt;
+      };
+      if (peers_read_) round.call.offset_in = inside(round.in).value_or(kNoOffset);
+      round.call.offset_out = inside(round.out).value_or(layout_.staging_out);
+      round.slots = layout_.staging_in;
+      launch_two_shot_direct(round, grid_for(round.share, max_ctas_), stream);
     }
     begin += round.count;
   } while (begin < args.count);
-}
-
-void CollectivesCuda::direct(SumCuda round, cudaStream_t stream) {
-  const size_t element = element_size(round.call.descriptor.dtype);
-  const size_t bytes = round.count * element;
-  const size_t world = static_cast<size_t>(world_size_);
-  const auto inside = [&](const void* p) { return is_aligned(p) ? arena_->offset_of(p, bytes) : std::nullopt; };
-  const auto in = inside(round.in);
-  const auto out = inside(round.out);
-  if (!in) copy_device(arena_->base() + layout_.staging_in, round.in, bytes, stream);
-  round.call.offset_in = in.value_or(layout_.staging_in);
-  round.call.offset_out = out.value_or(layout_.staging_out);
-  const size_t chunks = (bytes + 15) / 16;
-  launch_two_shot_direct(round, grid_for((chunks + world - 1) / world, max_ctas_), stream);
 }
 
 void CollectivesCuda::reduce_scatter(const Descriptor& descriptor, const void* in, void* out,

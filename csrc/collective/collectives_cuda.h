@@ -29,6 +29,10 @@ class CollectivesCuda : public Collectives {
   void broadcast(const Descriptor& descriptor, void* data, size_t bytes, int src, Stream stream) override;
   void announce(const Descriptor& descriptor, Stream stream) override;
   void drain() override;
+  // two_shot_direct pushes x into the owners' staging memory; from here on they read it in this arena if it lies there.
+  // That is slower over a link, and faster between ranks that share a GPU, whose memory x would pass twice more. A
+  // rank's own affair.
+  void let_peers_read() { peers_read_ = true; }
   // For a waiting kernel of a floor above: puts it behind the last one of this device, whatever stream that went to,
   // and returns what it needs of the group.
   CallCuda enter(const Descriptor& descriptor, cudaStream_t stream) {
@@ -48,7 +52,6 @@ class CollectivesCuda : public Collectives {
   PadCuda* pad(int rank) const { return reinterpret_cast<PadCuda*>(arena_->window(rank)); }
   CallCuda call(const Descriptor& descriptor) const;
   SumCuda sum(const Descriptor& descriptor) const;
-  void direct(SumCuda round, cudaStream_t stream);
   void copy(const Descriptor& descriptor, CopyCuda whole, bool direct, cudaStream_t stream);
   // Puts this call behind the last waiting kernel of this device, whatever stream that went to.
   void order(cudaStream_t stream);
@@ -61,6 +64,7 @@ class CollectivesCuda : public Collectives {
   int world_size_;
   LayoutCuda layout_;
   int max_ctas_;
+  bool peers_read_ = false;
   CallCuda call_{};  // without what differs from call to call
   // Given up by a constructor that raises, too: else no group could be made at these addresses again.
   RegisteredHost own_pad_;

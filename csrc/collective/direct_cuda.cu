@@ -1,10 +1,16 @@
-// Algorithms that touch peers' tensors in their arenas: two-shot direct and large copies.
+// Algorithms that write into peers' tensors in their arenas: two-shot direct and large copies.
 //
-//   CTA 0        | fence, my headers (offsets) |
-//   every CTA    | all headers                 | its chunks of every peer | fence, done flags | all peers' done flags |
+//   two_shot_direct
+//   CTA 0        | my header (where my result lies, and my x if it is to be read there) |
+//   every CTA    | its chunks of every share -> staging of their owners | arrived flags out and in, headers |
+//                | sums of its chunks of my share -> everybody's result | done flags out and in |
+//   copy_direct
+//   CTA 0        | fence, my header |
+//   every CTA    | all headers      | its chunks -> everybody's result   | done flags out and in |
 //
-// CTA c of a rank waits for CTA c of its peers: grids are equal on all ranks, and CTA c owns the same chunks
-// everywhere.
+// CTA c of a rank waits for CTA c of its peers: grids are equal on all ranks, and CTA c takes the same chunks
+// everywhere. Staging memory needs no parities: a rank's next call begins when all peers have sent it their done flags,
+// hence have read what it had sent.
 #include "collective/launch_cuda.cuh"
 
 namespace sglang_symm {
@@ -38,53 +44,102 @@ __device__ __forceinline__ bool meet(const Session& s, Offsets* offsets) {
   return __syncthreads_and(fine) != 0;
 }
 
-template <class Type, int Max, int Unroll>
+struct Places {
+  const std::byte* in[kMaxWorldSize];  // my share of everybody's x but mine
+  std::byte* out[kMaxWorldSize];       // everybody's result
+};
+
+// The signal warp, when the CTA's contributions are on their way: true when its peers' are here and all headers agree;
+// then `places` is filled. Headers first: who calls something else sends no contributions.
+__device__ __forceinline__ bool meet_with_contributions(const SumCuda& a, const Session& s, Places* places) {
+  const int lane = static_cast<int>(threadIdx.x & (kWarp - 1));
+  const int me = s.call.rank;
+  const bool has_peer = lane + 1 < s.call.world_size;
+  if (blockIdx.x == 0) send_headers(s);
+  if (has_peer) raise_flag(s, s.peer(lane + 1), &PadCuda::arrived);
+  if (!await_headers(s)) return false;
+  const bool fine = !has_peer || await_flag(s, s.peer(lane + 1), &PadCuda::arrived);
+  if (lane < s.call.world_size) {
+    const HeaderCuda& header = s.own()->header[s.parity()][lane];
+    const uint64_t in = lane == me ? kNoOffset : offset_in(header);
+    const uint64_t out = lane == me ? s.call.offset_out : offset_out(header);
+    const uint64_t mine = uint64_t{a.share} * 16 * static_cast<uint32_t>(me);
+    places->in[lane] = in == kNoOffset ? Slots{a.slots, a.part}.at(s, me, lane, 0) : s.call.window[lane] + in + mine;
+    places->out[lane] = s.call.window[lane] + out;
+  }
+  return __all_sync(kAllLanes, fine) != 0;
+}
+
+// Chunk i of my share of everybody's x; v[r] is valid for all r but the own.
+template <int Max>
+__device__ __forceinline__ void gather(const Session& s, const Places& places, uint32_t i, uint4 (&v)[Max]) {
+#pragma unroll
+  for (int r = 0; r < (Max == 2 ? 1 : Max); r++) {
+    const int from = Max == 2 ? s.peer(1) : r;
+    const bool comes = Max == 2 || (r < s.call.world_size && r != s.call.rank);
+    v[r] = comes ? load_sys(static_cast<const void*>(places.in[from] + size_t{i} * 16)) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class Type, bool Plain, int Max, int Unroll>
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot_direct(const __grid_constant__ SumCuda a) {
-  __shared__ Offsets offsets;
-  const Session s = begin(a.call);
-  const int world = s.call.world_size;
-  const uint32_t chunks = chunks_of<Type>(a.count);
-  const uint32_t share = (chunks + world - 1) / world;
-  const uint32_t mine = static_cast<uint32_t>(s.call.rank) * share;
-  const uint32_t end_of_mine = min(chunks, mine + share);
+  __shared__ Places places;
+  const bool works = !is_signal_warp();
+  const bool pushes = works && a.call.offset_in == kNoOffset;
+  const int world = a.call.world_size;
+  const int me = a.call.rank;
+  const SharesOf<Type, Plain, Max, Unroll> shares(a);
   const Workers w = workers();
-  bool fine = meet(s, &offsets);
-  if (fine && !is_signal_warp()) {
-    for (uint32_t first = mine + w.first; first < end_of_mine; first += Unroll * w.stride) {
+  uint4 x[Unroll][Max];
+  const Door door = arrive(a.call);
+  if (pushes) shares.load(w.first, x);
+  const Session s = enter(a.call, door);
+  if (pushes && s.alive) {
+    const Slots staging{a.slots, a.part};
+    for (uint32_t first = w.first; first < a.share;) {
+      shares.each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
+        store_sys(static_cast<void*>(staging.at(s, owner, me, i)), x[u][step]);
+      });
+      first += Unroll * w.stride;
+      shares.load(first, x);
+    }
+  }
+  bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between
+  if (fine && !works) fine = meet_with_contributions(a, s, &places);
+  fine = __syncthreads_and(fine) != 0;
+  const uint32_t mine = shares.begin(me);
+  if (fine && works) {
+    for (uint32_t first = w.first; first < a.share && mine + first < shares.chunks; first += Unroll * w.stride) {
+      uint4 own[Unroll];
       uint4 v[Unroll][Max];
 #pragma unroll
       for (int u = 0; u < Unroll; u++) {
-#pragma unroll
-        for (int r = 0; r < Max; r++) {
-          const uint32_t chunk = first + u * w.stride;
-          if (r >= world || chunk >= end_of_mine) continue;
-          v[u][r] = load_sys(static_cast<const void*>(s.call.window[r] + offsets.in[r] + size_t{chunk} * 16));
-        }
+        const uint32_t i = first + u * w.stride;
+        if (i >= a.share || mine + i >= shares.chunks) continue;
+        own[u] = load_chunk<Type, Plain>(a.in, mine + i, a.count, shares.in_aligned);
+        gather(s, places, i, v[u]);
       }
 #pragma unroll
       for (int u = 0; u < Unroll; u++) {
-        const uint32_t chunk = first + u * w.stride;
-        if (chunk >= end_of_mine) continue;
+        const uint32_t i = first + u * w.stride;
+        if (i >= a.share || mine + i >= shares.chunks) continue;
         const Bias bias{a.bias, a.bias_length, a.bias_start};
-        const uint4 sum = sum_in_rank_order<Type, false>(v[u], uint4{}, -1, world, bias, chunk);
-        for (int step = 0; step < world; step++) {
-          const int r = s.peer(step);
-          store_chunk<Type>(s.call.window[r] + offsets.out[r], chunk, a.count, true, sum);
+        const uint4 sum = sum_in_rank_order<Type, Plain>(v[u], own[u], me, world, bias, mine + i);
+        for (int step = 1; step < world; step++) {
+          store_chunk<Type, Plain>(places.out[s.peer(step)], mine + i, a.count, true, sum);
         }
+        store_chunk<Type, Plain>(a.out, mine + i, a.count, shares.out_aligned, sum);
       }
     }
   }
   if (fine) fine = finish(s);
-  const std::byte* result = s.call.window[s.call.rank] + s.call.offset_out;
-  if (!fine) {
-    if (!is_signal_warp()) fill<Type>(a.out, a.count);
-  } else if (result != a.out && !is_signal_warp()) {
-    for (int owner = 0; owner < world; owner++) {
-      for (uint32_t i = w.first; i < share; i += w.stride) {
-        const uint32_t chunk = static_cast<uint32_t>(owner) * share + i;
-        if (chunk >= chunks) continue;
-        const uint4 v = load_sys(static_cast<const void*>(result + size_t{chunk} * 16));
-        store_chunk<Type>(a.out, chunk, a.count, is_aligned(a.out), v);
+  const std::byte* result = s.call.window[me] + s.call.offset_out;
+  if (works && (!fine || result != a.out)) {
+    for (int step = fine ? 1 : 0; step < world; step++) {
+      const uint32_t begin = shares.begin(s.peer(step));
+      for (uint32_t i = w.first; i < a.share && begin + i < shares.chunks; i += w.stride) {
+        const uint4 v = fine ? load_sys(static_cast<const void*>(result + size_t{begin + i} * 16)) : all_bits_set();
+        store_chunk<Type>(a.out, begin + i, a.count, shares.out_aligned, v);
       }
     }
   }
@@ -181,9 +236,12 @@ void launch_two_shot_direct(const SumCuda& sum, const GridCuda& grid, cudaStream
   using namespace device;
   with_type(sum.call.descriptor.dtype, [&](auto type) {
     with_world(sum.call.world_size, [&](auto max) {
-      constexpr int kMax = decltype(max)::value;
-      constexpr int kUnroll = kMax == 2 ? 4 : kMax == 4 ? 2 : 1;
-      launch(&two_shot_direct<decltype(type), kMax, kUnroll>, sum, grid.ctas, grid.threads + kWarp, stream);
+      with_plain<decltype(type)>(sum, [&](auto plain) {
+        constexpr int kMax = decltype(max)::value;
+        constexpr bool kPlain = decltype(plain)::value;
+        constexpr int kUnroll = kMax == 2 ? 4 : kMax == 4 ? 2 : 1;
+        launch(&two_shot_direct<decltype(type), kPlain, kMax, kUnroll>, sum, grid.ctas, grid.threads + kWarp, stream);
+      });
     });
   });
 }

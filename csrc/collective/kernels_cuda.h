@@ -2,7 +2,7 @@
 //
 //   one_shot        (P-1) n bytes out   1 step    everybody pushes all of x into everybody's slots and sums
 //   two_shot        2 (P-1)/P n         2 steps   pushes shares to their owners, owners sum and push the results
-//   two_shot_direct 2 (P-1)/P n         2 + end   owners read x from everybody's arena, write to everybody's result
+//   two_shot_direct 2 (P-1)/P n         2 + end   pushes shares to their owners, owners write to everybody's result
 //   reduce_scatter  (P-1)/P n           1 step    the first half of two_shot
 //   copy_small      (P-1) n             1 step    8 bytes of data with 8 of epoch, all_gather and broadcast
 //   copy_direct     (P-1) n             1 + end   into everybody's result
@@ -38,10 +38,10 @@ struct SumCuda {
   const void* bias;  // or nullptr
   size_t bias_length;
   size_t bias_start;
-  size_t slots;  // offset in every arena: [2 parities][slot_bytes]
+  size_t slots;  // offset in every arena: [2 parities][slot_bytes]; of two_shot_direct, staging memory for one call
   size_t slot_bytes;
   size_t part;     // bytes of a source in a parity; of two_shot, in half a parity
-  uint32_t share;  // chunks of an owner, of two_shot
+  uint32_t share;  // chunks of an owner, of two_shot and two_shot_direct
 };
 
 struct ScatterCuda : SumCuda {       // `count`: of my part
@@ -51,7 +51,8 @@ struct ScatterCuda : SumCuda {       // `count`: of my part
 
 void launch_one_shot(const SumCuda& sum, const GridCuda& grid, cudaStream_t stream);
 void launch_two_shot(const SumCuda& sum, const GridCuda& grid, cudaStream_t stream);
-// `in` and the result (call.offset_in, call.offset_out) lie in the arena; `out` receives a copy if it is elsewhere.
+// The result lies in the arena (call.offset_out); `out` receives a copy if it is elsewhere. Peers read x there too if
+// it has an offset (call.offset_in), else it is pushed to them.
 void launch_two_shot_direct(const SumCuda& sum, const GridCuda& grid, cudaStream_t stream);
 void launch_reduce_scatter(const ScatterCuda& sum, const GridCuda& grid, cudaStream_t stream);
 

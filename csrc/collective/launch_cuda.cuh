@@ -83,6 +83,39 @@ __device__ __forceinline__ std::byte* peer_slot(const CallCuda& call, std::byte*
   return call.rank == 0 ? slot + part : slot;
 }
 
+// The others' shares of x, which go to their owners: a thread takes chunk i of every share, for some i. A batch is
+// `Unroll` such i: its loads are under way together.
+template <class Type, bool Plain, int Max, int Unroll>
+struct SharesOf {
+  const SumCuda& a;
+  const uint32_t chunks = chunks_of<Type>(a.count);
+  const bool in_aligned = is_aligned(a.in), out_aligned = is_aligned(a.out);
+
+  __device__ __forceinline__ explicit SharesOf(const SumCuda& sum) : a(sum) {}
+  __device__ __forceinline__ uint32_t begin(int owner) const { return static_cast<uint32_t>(owner) * a.share; }
+
+  // f(u, step, owner, i, chunk) for what there is of a batch, the next rank's share first.
+  template <class F>
+  __device__ __forceinline__ void each(uint32_t first, const F& f) const {
+    const uint32_t stride = workers().stride;
+#pragma unroll
+    for (int u = 0; u < Unroll; u++) {
+#pragma unroll
+      for (int step = 1; step < Max; step++) {
+        const int owner = peer_of(a.call, step);
+        const uint32_t i = first + u * stride;
+        const uint32_t chunk = begin(owner) + i;
+        if (step < a.call.world_size && i < a.share && chunk < chunks) f(u, step, owner, i, chunk);
+      }
+    }
+  }
+  __device__ __forceinline__ void load(uint32_t first, uint4 (&x)[Unroll][Max]) const {
+    each(first, [&](int u, int step, int, uint32_t, uint32_t chunk) {
+      x[u][step] = load_chunk<Type, Plain>(a.in, chunk, a.count, in_aligned);
+    });
+  }
+};
+
 // What has come for one chunk: `slot` is rank 0's, `part` apart from the next. v[r] is valid for all r but the own when
 // it returns true. Every v[r] is written, so none is kept in a register while a slow poll calls its functions.
 template <int Max>

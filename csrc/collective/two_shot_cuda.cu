@@ -23,7 +23,6 @@ __device__ __forceinline__ Halves halves_of(const SumCuda& a, const Session& s) 
   return {{begin, a.part}, {begin + a.slot_bytes / 2, a.part}};
 }
 
-// A batch is all sources of `Unroll` chunks: its loads are under way together.
 template <class Type, bool Plain, int Max, int Unroll>
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot(const __grid_constant__ SumCuda a) {
   if (is_signal_warp()) {
@@ -32,32 +31,14 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot(const __grid_
   }
   const int world = a.call.world_size;
   const int me = a.call.rank;
-  const uint32_t chunks = chunks_of<Type>(a.count);
+  const SharesOf<Type, Plain, Max, Unroll> shares(a);
+  const uint32_t chunks = shares.chunks;
   const uint32_t share = a.share;
-  const uint32_t mine = static_cast<uint32_t>(me) * share;
+  const uint32_t mine = shares.begin(me);
   const Workers w = workers();
-  const bool in_aligned = is_aligned(a.in), out_aligned = is_aligned(a.out);
-  // f(u, step, owner, i, chunk) for what there is of a batch, the next rank's share first.
-  const auto each = [&](uint32_t first, const auto& f) {
-#pragma unroll
-    for (int u = 0; u < Unroll; u++) {
-#pragma unroll
-      for (int step = 1; step < Max; step++) {
-        const int owner = peer_of(a.call, step);
-        const uint32_t i = first + u * w.stride;
-        const uint32_t chunk = static_cast<uint32_t>(owner) * share + i;
-        if (step < world && i < share && chunk < chunks) f(u, step, owner, i, chunk);
-      }
-    }
-  };
   uint4 x[Unroll][Max];
-  const auto load = [&](uint32_t first) {
-    each(first, [&](int u, int step, int, uint32_t, uint32_t chunk) {
-      x[u][step] = load_chunk<Type, Plain>(a.in, chunk, a.count, in_aligned);
-    });
-  };
   const Door door = arrive(a.call);
-  load(w.first);
+  shares.load(w.first, x);
   const Session s = enter(a.call, door);
   if (!s.alive) {
     epoch_is_read();
@@ -66,11 +47,11 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot(const __grid_
   }
   const auto [partials, results] = halves_of(a, s);
   for (uint32_t first = w.first; first < share;) {
-    each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
+    shares.each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
       store_sys(static_cast<void*>(partials.at(s, owner, me, i)), sendable<Type>(x[u][step]));
     });
     first += Unroll * w.stride;
-    load(first);
+    shares.load(first, x);
   }
   epoch_is_read();
   for (uint32_t first = w.first; first < share && mine + first < chunks; first += Unroll * w.stride) {
@@ -81,7 +62,7 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot(const __grid_
     for (int u = 0; u < Unroll; u++) {
       const uint32_t i = first + u * w.stride;
       if (i >= share || mine + i >= chunks) continue;
-      own[u] = load_chunk<Type, Plain>(a.in, mine + i, a.count, in_aligned);
+      own[u] = load_chunk<Type, Plain>(a.in, mine + i, a.count, shares.in_aligned);
       came[u] = look(s, partials, i, v[u]);
     }
 #pragma unroll
@@ -99,15 +80,15 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot(const __grid_
         }
         re_arm<Max>(s, partials, i);
       }
-      store_chunk<Type, Plain>(a.out, mine + i, a.count, out_aligned, sum);
+      store_chunk<Type, Plain>(a.out, mine + i, a.count, shares.out_aligned, sum);
     }
   }
   for (uint32_t first = w.first; first < share; first += Unroll * w.stride) {
     uint4 sum[Unroll][Max];
-    each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
+    shares.each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
       sum[u][step] = load_sys(static_cast<const void*>(results.at(s, me, owner, i)));
     });
-    each(first, [&](int u, int step, int owner, uint32_t i, uint32_t chunk) {
+    shares.each(first, [&](int u, int step, int owner, uint32_t i, uint32_t chunk) {
       void* slot = results.at(s, me, owner, i);
       const auto look_again = [&] {
         sum[u][step] = load_sys(static_cast<const void*>(slot));
@@ -118,7 +99,7 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot(const __grid_
       } else {
         sum[u][step] = all_bits_set();
       }
-      store_chunk<Type, Plain>(a.out, chunk, a.count, out_aligned, sum[u][step]);
+      store_chunk<Type, Plain>(a.out, chunk, a.count, shares.out_aligned, sum[u][step]);
     });
   }
 }

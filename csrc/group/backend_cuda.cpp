@@ -85,12 +85,17 @@ class BackendCuda final : public Backend {
     arena_->attach(peer, SegmentCuda::import(device_, std::move(fd), arena_->bytes(), peer));
   }
   std::unique_ptr<Collectives> connect(SignalCpu& signal, const std::string& nccl_id) override {
+    std::unique_ptr<CollectivesCuda> made;
     if (nccl_) {
       const CollectivesNccl::Options options{nccl_id, nccl_window_};
       const CommunicatorNccl::Members members{name_, rank_, world_size_, device_};
-      return std::make_unique<CollectivesNccl>(options, members, arena_, signal, layout_, max_ctas_);
+      made = std::make_unique<CollectivesNccl>(options, members, arena_, signal, layout_, max_ctas_);
+    } else {
+      made = std::make_unique<CollectivesCuda>(name_, arena_, signal, device_, rank_, world_size_, layout_, max_ctas_);
     }
-    return std::make_unique<CollectivesCuda>(name_, arena_, signal, device_, rank_, world_size_, layout_, max_ctas_);
+    const bool shares_gpu = max_ctas_ < attribute(cudaDevAttrMultiProcessorCount, device_);
+    if (shares_gpu) made->let_peers_read();
+    return made;
   }
 
  private:

@@ -64,17 +64,32 @@ void mm_into(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weigh
   }
 }
 
-// One kernel where there is one. Else the library's GEMM writes straight into `out`, in symmetric memory when there is
-// room; then it is reduced in place.
-void linear_into(Group& group, OpCode op, const at::Tensor& x, const at::Tensor& weight,
-                 const std::optional<at::Tensor>& bias, const Shapes& shapes, const at::Tensor& out,
-                 bool static_weight) {
-  at::Tensor rows = out.view({shapes.rows, shapes.columns});
-  const at::Tensor tokens = x.reshape({shapes.rows, x.size(-1)});
-  const Descriptor descriptor = describe(op, x, shapes);
-  if (fused_linear_into(group, descriptor, tokens, weight, defined_bias(bias), rows, static_weight)) return;
-  mm_into(rows, tokens, weight);
-  reduce_into(group, descriptor, out, out, defined_bias(bias));
+struct Linear {
+  Descriptor descriptor;
+  at::Tensor tokens;  // x [M, K]
+  at::Tensor weight;
+  at::Tensor bias;  // maybe none
+
+  Linear(const Descriptor& call, const at::Tensor& x, const at::Tensor& w, at::Tensor b)
+      : descriptor(call),
+        tokens(x.reshape({static_cast<int64_t>(call.count), x.size(-1)})),
+        weight(w),
+        bias(std::move(b)) {}
+  at::Tensor rows_of(const at::Tensor& out) const { return out.view({tokens.size(0), weight.size(0)}); }
+};
+
+// GEMM and reduction in one kernel, where there is one.
+bool fused_into(Group& group, const Linear& linear, const at::Tensor& out, bool static_weight) {
+  return fused_linear_into(group, linear.descriptor, linear.tokens, linear.weight, linear.bias, linear.rows_of(out),
+                           static_weight);
+}
+
+// Else the library's GEMM writes straight into `out`, in symmetric memory when there is room; then it is reduced in
+// place.
+void linear_into(Group& group, const Linear& linear, const at::Tensor& out, bool static_weight) {
+  if (fused_into(group, linear, out, static_weight)) return;
+  mm_into(linear.rows_of(out), linear.tokens, linear.weight);
+  reduce_into(group, linear.descriptor, out, out, linear.bias);
 }
 
 // (y, h) of a sum: by one kernel where there is one, else as Hugging Face's LlamaRMSNorm computes it, fp32 inside.
@@ -110,7 +125,8 @@ at::Tensor row_parallel_linear(const at::Tensor& x, const at::Tensor& weight, co
     const Shapes shapes = checked_shapes(x, weight, bias, "row_parallel_linear");
     auto group = group_for(x, name, "row_parallel_linear");
     at::Tensor out = empty_output(*group, shapes.output, x.options(), symmetric);
-    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out, static_weight);
+    linear_into(*group, {describe(OpCode::row_parallel_linear, x, shapes), x, weight, defined_bias(bias)}, out,
+                static_weight);
     return out;
   });
 }
@@ -133,7 +149,8 @@ void row_parallel_linear_out(const at::Tensor& x, const at::Tensor& weight, cons
       }
     }
     auto group = group_for(x, name, "row_parallel_linear_out");
-    linear_into(*group, OpCode::row_parallel_linear, x, weight, bias, shapes, out, /*static_weight=*/false);
+    linear_into(*group, {describe(OpCode::row_parallel_linear, x, shapes), x, weight, defined_bias(bias)}, out,
+                /*static_weight=*/false);
   });
 }
 
@@ -188,8 +205,18 @@ std::tuple<at::Tensor, at::Tensor> row_parallel_linear_add_rms_norm(
     check_norm(residual, norm_weight, shapes.output, x.scalar_type(), x.device(), op);
     auto group = group_for(x, name, op);
     const at::Tensor sum = empty_output(*group, shapes.output, x.options(), symmetric);
-    linear_into(*group, OpCode::row_parallel_linear_add_rms_norm, x, weight, bias, shapes, sum, static_weight);
-    return add_rms_norm(*group, sum, {residual.contiguous(), norm_weight.contiguous(), eps});
+    const AddRmsNorm norm{residual.contiguous(), norm_weight.contiguous(), eps};
+    const Linear linear{describe(OpCode::row_parallel_linear_add_rms_norm, x, shapes), x, weight, defined_bias(bias)};
+    if (!fused_into(*group, linear, sum, static_weight)) {
+      mm_into(linear.rows_of(sum), linear.tokens, weight);
+      // Reduction and norm in one kernel, but a bias comes between them.
+      if (!linear.bias.defined() && group->config().device != "cpu") {
+        const at::Tensor y = at::empty_like(sum), hidden = at::empty_like(sum);
+        if (all_reduce_norm_into(*group, linear.descriptor, sum, norm, y, hidden)) return std::make_tuple(y, hidden);
+      }
+      reduce_into(*group, linear.descriptor, sum, sum, linear.bias);
+    }
+    return add_rms_norm(*group, sum, norm);
   });
 }
 

@@ -3,6 +3,7 @@
 //   begin     waits for the previous kernel, reads this CTA's epoch (arrive, then enter)
 //   headers   one warp of CTA 0: my header to every peer, every peer's header here, descriptors compared
 //   wait      bounded: data first, then a broken group, then the deadline
+//   flags     (direct algorithms) from a CTA to that of the same number: my contributions are there
 //   finish    (direct algorithms) tells the peers that this CTA touches their memory no more, waits for the same
 //   end       advances the epochs (or earlier, once the whole CTA has read its own)
 //
@@ -278,18 +279,26 @@ __device__ __forceinline__ bool await_headers(const Session& s) {
   return all_came && same;
 }
 
-// ---- the closing barrier of direct algorithms, all threads of the CTA ----
+// ---- direct algorithms: this CTA and those of the same number ----
 
+// A thread a peer. The flag covers what the whole CTA wrote and read before a __syncthreads().
+__device__ __forceinline__ void raise_flag(const Session& s, int peer, FlagsCuda PadCuda::*flags) {
+  store_release(&(s.pad(peer)->*flags)[s.parity()][s.call.rank][blockIdx.x], s.epoch);
+}
+__device__ __forceinline__ bool await_flag(const Session& s, int peer, FlagsCuda PadCuda::*flags) {
+  const uint32_t* flag = &(s.own()->*flags)[s.parity()][peer][blockIdx.x];
+  return wait(
+      s, [&] { return load_acquire(flag) == s.epoch; }, [&] { return 1u << peer; });
+}
+
+// The closing barrier, all threads of the CTA.
 __device__ __forceinline__ bool finish(const Session& s) {
   __syncthreads();  // the release below covers what the whole CTA wrote and read before this
   bool fine = true;
   const int step = 1 + static_cast<int>(threadIdx.x);
   if (step < s.call.world_size) {
-    const int peer = s.peer(step);
-    store_release(&s.pad(peer)->done[s.parity()][s.call.rank][blockIdx.x], s.epoch);
-    const uint32_t* flag = &s.own()->done[s.parity()][peer][blockIdx.x];
-    fine = wait(
-        s, [&] { return load_acquire(flag) == s.epoch; }, [&] { return 1u << peer; });
+    raise_flag(s, s.peer(step), &PadCuda::done);
+    fine = await_flag(s, s.peer(step), &PadCuda::done);
   }
   return __syncthreads_and(fine) != 0;
 }

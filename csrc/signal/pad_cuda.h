@@ -2,6 +2,8 @@
 //
 //   word                      written by                        read by     at rest            scope
 //   header[p][s]              rank s, in call e, p = e & 1      the owner   e of an old call   each half holds its e
+//   arrived[p][s][c]          CTA c of rank s, when its         the owner   e of an old call   release / acquire
+//                             contributions are in staging
 //   done[p][s][c]             CTA c of rank s, when it no       the owner   e of an old call   release / acquire
 //                             longer touches a peer's memory,
 //                             but for slots that are awaited
@@ -46,9 +48,12 @@ struct alignas(128) GateCuda {
   uint32_t epoch[kMaxCtas / kGates];
 };
 
+using FlagsCuda = uint32_t[2][kMaxWorldSize][kMaxCtas];
+
 struct PadCuda {
   HeaderCuda header[2][kMaxWorldSize];
-  uint32_t done[2][kMaxWorldSize][kMaxCtas];
+  FlagsCuda arrived;
+  FlagsCuda done;
   uint32_t proof[kMaxWorldSize];
   // This rank's alone.
   GateCuda gate[kGates];

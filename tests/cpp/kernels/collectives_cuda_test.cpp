@@ -120,6 +120,24 @@ TEST(CollectivesCuda, CallsOfAllAlgorithmsAndSizesOverlapAndEachIsItsOwn) {
   }
 }
 
+// Headers come from CTA 0 alone, so they say nothing about what the other CTAs have sent.
+TEST(CollectivesCuda, EveryCtaOfADirectCallWaitsForTheContributionsOfItsPeers) {
+  for (uint64_t seed = 0; seed < seeds(12); seed++) {
+    std::mt19937_64 random(seed);
+    const int world = 2 + static_cast<int>(random() % 2);
+    Gpus gpus(world, seed, 1e6, 3);
+    std::deque<AllReduce> calls;
+    for (int i = 0; i < 4; i++) {
+      calls.emplace_back(gpus, Algorithm::two_shot_direct, DType::float32, 2400 + random() % 600, random,
+                         random() % 2 == 0);
+    }
+    for (AllReduce& call : calls) call.enqueue(gpus);
+    gpus.run();
+    for (AllReduce& call : calls) EXPECT_EQ(call.wrong().value_or(""), "") << "seed " << seed;
+    expect_at_rest(gpus);
+  }
+}
+
 TEST(CollectivesCuda, ACallLargerThanTheSlotsGoesInRounds) {
   for (const Algorithm algorithm : kSums) {
     std::mt19937_64 random(7);
