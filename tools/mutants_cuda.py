@@ -195,7 +195,7 @@ MUTANTS = [
     CudaMutant(
         "direct: contributions are summed before they have come",
         DIRECT,
-        "await_flag(s, s.peer(lane + 1), &PadCuda::arrived)",
+        "await_flag(s, lane, &PadCuda::arrived)",
         "true",
         SUMS.format("direct"),
         (DIRECT,),
@@ -213,7 +213,7 @@ MUTANTS = [
         PAD,
         "__syncthreads();  // the release below covers what the whole CTA wrote and read before this\n",
         "",
-        SUMS.format("direct"),
+        IN_A_ROW.format("direct"),  # the same call again would find the sums of the last one in its memory
         (DIRECT,),
         slow=True,
     ),
@@ -307,7 +307,7 @@ CONTROLS = [
     for unit, (file, old, new), tests in (
         (ONE_SHOT, SLOW[ONE_SHOT], IN_A_ROW.format("one_shot")),
         (TWO_SHOT, SLOW[TWO_SHOT], IN_A_ROW.format("two_shot and not direct")),
-        (DIRECT, SLOW[DIRECT], SUMS.format("direct")),
+        (DIRECT, SLOW[DIRECT], IN_A_ROW.format("direct")),
         (FUSED, SLOW[FUSED], TOKENS),
     )
 ]

@@ -146,7 +146,7 @@ MUTANTS = [
     KernelMutant(
         "direct: contributions are summed before they have come",
         DIRECT,
-        "await_flag(s, s.peer(lane + 1), &PadCuda::arrived)",
+        "await_flag(s, lane, &PadCuda::arrived)",
         "true",
         CONTRIBUTIONS,
     ),

@@ -2,7 +2,7 @@
 //
 //   two_shot_direct
 //   CTA 0        | my header (where my result lies, and my x if it is to be read there) |
-//   every CTA    | its chunks of every share -> staging of their owners | arrived flags out and in, headers |
+//   every CTA    | its chunks of every share -> staging of their owners | arrived flags, headers out and in |
 //                | sums of its chunks of my share -> everybody's result | done flags out and in |
 //   copy_direct
 //   CTA 0        | fence, my header |
@@ -44,9 +44,10 @@ __device__ __forceinline__ bool meet(const Session& s, Offsets* offsets) {
   return __syncthreads_and(fine) != 0;
 }
 
+// The peers', by rank.
 struct Places {
-  const std::byte* in[kMaxWorldSize];  // my share of everybody's x but mine
-  std::byte* out[kMaxWorldSize];       // everybody's result
+  const std::byte* in[kMaxWorldSize];  // my share of x
+  std::byte* out[kMaxWorldSize];       // the result
 };
 
 // The signal warp, when the CTA's contributions are on their way: true when its peers' are here and all headers agree;
@@ -54,18 +55,26 @@ struct Places {
 __device__ __forceinline__ bool meet_with_contributions(const SumCuda& a, const Session& s, Places* places) {
   const int lane = static_cast<int>(threadIdx.x & (kWarp - 1));
   const int me = s.call.rank;
-  const bool has_peer = lane + 1 < s.call.world_size;
-  if (blockIdx.x == 0) send_headers(s);
-  if (has_peer) raise_flag(s, s.peer(lane + 1), &PadCuda::arrived);
+  const bool pushes = s.call.offset_in == kNoOffset;
+  const bool has_peer = lane < s.call.world_size && lane != me;
+  if (blockIdx.x == 0) {
+    if (!pushes) fence_sys();  // what earlier kernels wrote here, before the header that lets peers read it
+    send_headers(s);
+  }
+  if (has_peer && pushes) raise_flag(s, lane, &PadCuda::arrived);
   if (!await_headers(s)) return false;
-  const bool fine = !has_peer || await_flag(s, s.peer(lane + 1), &PadCuda::arrived);
-  if (lane < s.call.world_size) {
+  bool fine = true;
+  if (has_peer) {
     const HeaderCuda& header = s.own()->header[s.parity()][lane];
-    const uint64_t in = lane == me ? kNoOffset : offset_in(header);
-    const uint64_t out = lane == me ? s.call.offset_out : offset_out(header);
-    const uint64_t mine = uint64_t{a.share} * 16 * static_cast<uint32_t>(me);
-    places->in[lane] = in == kNoOffset ? Slots{a.slots, a.part}.at(s, me, lane, 0) : s.call.window[lane] + in + mine;
-    places->out[lane] = s.call.window[lane] + out;
+    const uint64_t in = offset_in(header), mine = uint64_t{a.share} * 16 * static_cast<uint32_t>(me);
+    if (in == kNoOffset) {
+      places->in[lane] = Slots{a.slots, a.part}.at(s, me, lane, 0);
+      fine = await_flag(s, lane, &PadCuda::arrived);
+    } else {
+      places->in[lane] = s.call.window[lane] + in + mine;
+      load_acquire(&header.word[1]);  // meets the peer's fence
+    }
+    places->out[lane] = s.call.window[lane] + offset_out(header);
   }
   return __all_sync(kAllLanes, fine) != 0;
 }

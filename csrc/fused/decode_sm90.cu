@@ -8,17 +8,21 @@ namespace {
 
 using Kernel = void (*)(CUtensorMap, CUtensorMap, DecodeCuda);
 
+struct Instance {
+  Kernel kernel = nullptr;
+  int threads = 0;
+};
+
 // A new tile shape touches this list and that table.
 template <class Type>
-Kernel find_kernel(const GemmConfig& c, int* threads) {
+Instance instance_of(const GemmConfig& c) {
   using namespace device;
-  Kernel found = nullptr;
+  Instance found;
   const auto offer = [&](auto tile) {
     using T = decltype(tile);
     if (c.max_world != T::kWorld || c.tile_n != T::kTileN || c.tile_m != T::kTileM || c.boxes != T::kBoxes) return;
     if (c.reducers != T::kReducers || c.stages > kMaxStages || c.stages < T::kLeastStages) return;
-    found = &decode<T>;
-    *threads = T::kThreads;
+    found = {&decode<T>, T::kThreads};
   };
   offer(Tile<Type, 2, 64, 16, 4, 4>{});
   offer(Tile<Type, 2, 64, 64, 2, 4>{});
@@ -34,15 +38,14 @@ Kernel find_kernel(const GemmConfig& c, int* threads) {
 void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                    cudaStream_t stream) {
   const DType dtype = args.call.descriptor.dtype;
-  int threads = 0;
-  const Kernel kernel = dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config, &threads)
-                                                 : find_kernel<device::Float16>(config, &threads);
+  const Instance instance =
+      dtype == DType::bfloat16 ? instance_of<device::BFloat16>(config) : instance_of<device::Float16>(config);
   // The library's product is of all of k.
   const bool pairs = config.k_parts > 1;
   if (pairs && (config.ctas != 2 * config.tiles || args.partial != nullptr)) {
     fail(ErrorKind::system, "no grid for ", to_string(config));
   }
-  if (kernel == nullptr) fail(ErrorKind::system, "no decode kernel for ", to_string(config));
+  if (instance.kernel == nullptr) fail(ErrorKind::system, "no decode kernel for ", to_string(config));
   const int stage_columns = config.boxes * kBoxColumns;
   args.k_steps = static_cast<int>((weight.columns + stage_columns - 1) / stage_columns);
   args.stages = config.stages;
@@ -51,18 +54,18 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   args.two_shot = config.two_shot;
   GemmConfig largest = config;
   largest.k_parts = 2;
-  allow_shared(kernel, shared_bytes(largest));
+  allow_shared(instance.kernel, shared_bytes(largest));
   cudaLaunchAttribute attributes[] = {programmatic_launch(), cluster_launch(2)};
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
-  launch.blockDim = dim3(static_cast<unsigned>(threads));
+  launch.blockDim = dim3(static_cast<unsigned>(instance.threads));
   launch.dynamicSmemBytes = shared_bytes(config);
   launch.stream = stream;
   launch.attrs = attributes;
   launch.numAttrs = pairs ? 2 : 1;
-  check_cuda(
-      cudaLaunchKernelEx(&launch, kernel, map_of(weight, dtype, config.tile_n), map_of(x, dtype, config.tile_m), args),
-      "the launch of a fused kernel");
+  check_cuda(cudaLaunchKernelEx(&launch, instance.kernel, map_of(weight, dtype, config.tile_n),
+                                map_of(x, dtype, args.m), args),
+             "the launch of a fused kernel");
 }
 
 }  // namespace sglang_symm

@@ -68,6 +68,10 @@ std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 // The same for k columns: where half of the SMs would have no tile, two CTAs share one. A rank's own affair, as k is.
 GemmConfig with_columns(GemmConfig config, int64_t k, int sms);
 
+// Whether a residual and a norm behind the layer make the library's GEMM and one kernel that reduces and normalises
+// faster than this config and a norm.
+bool is_faster_apart_with_norm(const GemmConfig& config, const GemmShape& shape);
+
 // Nothing when the library's GEMM and an all-reduce are faster, or the shape is not the kernel's. Ranks must give the
 // same: it says where a partial lies, and which CTAs wait for each other.
 std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);

@@ -67,8 +67,11 @@ struct Call {
 
 bool decode(const Call& c) {
   const int world = c.group.world_size();
-  const auto config = choose_decode({c.x.size(0), c.weight.size(0), world, c.collectives.max_ctas()});
+  const GemmShape shape{c.x.size(0), c.weight.size(0), world, c.collectives.max_ctas()};
+  const auto config = choose_decode(shape);
   if (!config) return false;
+  const bool has_norm = c.descriptor.op == OpCode::row_parallel_linear_add_rms_norm;
+  if (has_norm && !c.bias.defined() && is_faster_apart_with_norm(*config, shape)) return false;
   const LayoutCuda& layout = c.collectives.layout();
   const size_t slots = slot_bytes(*config, world);
   if (slots > layout.slot_bytes) {

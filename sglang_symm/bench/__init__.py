@@ -246,7 +246,7 @@ def _run_rank(args: argparse.Namespace, wanted: list[int], peers: set[str]) -> i
 
 def arena_bytes(world: World, most: int) -> int:
     """Enough for the fixed part, and for input and results of a case in every mode and place, graphs' among them."""
-    return max(64 << 20, 6 * most + (16 << 20)) if world.device.type == "cpu" else (256 << 20) + 12 * most
+    return max(64 << 20, 6 * most + (16 << 20)) if world.device.type == "cpu" else (256 << 20) + 16 * most
 
 
 def make_clocks(args: argparse.Namespace, world: World, group: Group) -> list[Clock]:

@@ -10,6 +10,16 @@ struct Row {
   std::string expected;  // empty: not for the decode kernel
 };
 
+TEST(GemmConfig, ANormBehindItLeavesGemmsOfHalfOfTheSmsToTheLibraryBetweenTwoRanks) {
+  const auto apart = [](const GemmShape& shape) { return is_faster_apart_with_norm(*choose_decode(shape), shape); };
+  EXPECT_TRUE(apart({64, 4096, 2, 132}));
+  EXPECT_TRUE(apart({17, 4224, 2, 132}));
+  EXPECT_FALSE(apart({16, 4096, 2, 132})) << "up to 16 tokens the GEMM is faster here";
+  EXPECT_FALSE(apart({64, 4232, 2, 132})) << "67 tiles: more than half of the SMs have one";
+  EXPECT_FALSE(apart({64, 4096, 2, 64})) << "on half of a GPU all SMs have one";
+  EXPECT_FALSE(apart({64, 4096, 4, 132}));
+}
+
 TEST(GemmConfig, FollowsTheTable) {
   const Row rows[] = {
       {{1, 8192, 2, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},

@@ -189,12 +189,12 @@ def test_replays_equal_eager_among_other_calls(shared_group, rank, size):
 
 
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)
-@pytest.mark.parametrize("m", [1, 16, 200])
+@pytest.mark.parametrize("m", [1, 16, 40, 200])
 def test_behind_a_row_parallel_linear(shared_group, rank, size, dtype, m):
     group = shared_group
     n, k = 2176, 264
     generator = torch.Generator().manual_seed(m)
-    x, w = (torch.randint(-4, 5, s, generator=generator).to(dtype).cuda() * (1 + rank) for s in ((m, k), (n, k)))
+    x, w = (torch.randint(-4, 5, s, generator=generator).to(dtype).cuda() * (1 + rank % 2) for s in ((m, k), (n, k)))
     bias, residual, weight = (
         t[0].cuda() for t in (inputs(1, [n], dtype, 1), inputs(1, [m, n], dtype, 2), inputs(1, [n], dtype, 3))
     )
