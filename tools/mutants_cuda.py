@@ -51,18 +51,28 @@ MANY_TOKENS = "tests/gpu/test_fused_prefill.py -k 'every_number and bfloat16'"
 TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
 
 # Where rank 1 is slow, in every fourth call, so that others run ahead of what it has still to read or to write.
-SLEEP = "if (s.call.rank == 1 && (s.epoch & 3) == 2) __nanosleep(100000);"
+SLEEP = "if (s.call.rank == 1 && (s.epoch & 3) == {}) __nanosleep(100000);"
 SLOW = {
-    ONE_SHOT: (ONE_SHOT, "const bool came = s.alive &&", SLEEP + " const bool came = s.alive &&"),
+    ONE_SHOT: [(ONE_SHOT, "const bool came = s.alive &&", SLEEP.format(2) + " const bool came = s.alive &&")],
     # The results are out, so the other rank may end the call and begin the next.
-    TWO_SHOT: (TWO_SHOT, "re_arm<Max>(s, partials, i);", SLEEP + " re_arm<Max>(s, partials, i);"),
-    # All warps but the first, whose thread sends the flags.
-    DIRECT: (DIRECT, "const uint4 sum = sum_in", f"if (threadIdx.x >= kWarp) {{ {SLEEP} }} const uint4 sum = sum_in"),
-    FUSED: (
-        "fused/decode_sm90.cuh",
-        "reducers.reduce(work.tile_of(i));",
-        SLEEP.replace("s.call", "a.call") + " reducers.reduce(work.tile_of(i));",
-    ),
+    TWO_SHOT: [(TWO_SHOT, "re_arm<Max>(s, partials, i);", SLEEP.format(2) + " re_arm<Max>(s, partials, i);")],
+    # Before the contributions, but for those of CTA 0, which sends the header; before the sums, but for those of the
+    # warp that sends the flags.
+    DIRECT: [
+        (DIRECT, "if (pushes && s.alive) {", f"if (blockIdx.x != 0) {{ {SLEEP.format(0)} }} if (pushes && s.alive) {{"),
+        (
+            DIRECT,
+            "const uint4 sum = sum_in",
+            f"if (threadIdx.x >= kWarp) {{ {SLEEP.format(0)} }} const uint4 sum = sum_in",
+        ),
+    ],
+    FUSED: [
+        (
+            "fused/decode_sm90.cuh",
+            "reducers.reduce(work.tile_of(i));",
+            SLEEP.format(2).replace("s.call", "a.call") + " reducers.reduce(work.tile_of(i));",
+        )
+    ],
 }
 
 
@@ -197,8 +207,9 @@ MUTANTS = [
         DIRECT,
         "await_flag(s, lane, &PadCuda::arrived)",
         "true",
-        SUMS.format("direct"),
+        IN_A_ROW.format("direct"),  # the last call's contributions are others
         (DIRECT,),
+        slow=True,
     ),
     CudaMutant(
         "direct: no done flag is awaited",
@@ -213,7 +224,7 @@ MUTANTS = [
         PAD,
         "__syncthreads();  // the release below covers what the whole CTA wrote and read before this\n",
         "",
-        IN_A_ROW.format("direct"),  # the same call again would find the sums of the last one in its memory
+        SUMS.format("direct"),  # each is looked at before the next; every fourth, the slow one, is in place
         (DIRECT,),
         slow=True,
     ),
@@ -303,12 +314,12 @@ MUTANTS = [
 ]
 # What must pass: the library as it is, and a slow rank 1.
 CONTROLS = [
-    CudaMutant("(control) a slow rank: " + Path(unit).stem, file, old, new, tests, (unit,), control=True)
-    for unit, (file, old, new), tests in (
-        (ONE_SHOT, SLOW[ONE_SHOT], IN_A_ROW.format("one_shot")),
-        (TWO_SHOT, SLOW[TWO_SHOT], IN_A_ROW.format("two_shot and not direct")),
-        (DIRECT, SLOW[DIRECT], IN_A_ROW.format("direct")),
-        (FUSED, SLOW[FUSED], TOKENS),
+    CudaMutant("(control) a slow rank: " + Path(unit).stem, unit, "", "", tests, (unit,), slow=True, control=True)
+    for unit, tests in (
+        (ONE_SHOT, IN_A_ROW.format("one_shot")),
+        (TWO_SHOT, IN_A_ROW.format("two_shot and not direct")),
+        (DIRECT, COLLECTIVES + "'(calls_in_a_row or (all_reduce_gives and bfloat16)) and direct'"),
+        (FUSED, TOKENS),
     )
 ]
 # Instances for more than two ranks, which a mutant of two ranks does not need; it is compiled in half the time.
@@ -362,9 +373,11 @@ def build(mutant: CudaMutant, folder: Path, compile_with: dict[str, str], out: P
     with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
         work = Path(temporary)
         shutil.copytree(ROOT / "csrc", work / "csrc")
-        edit(work / "csrc", mutant, mutant.file, mutant.old, mutant.new)
+        if not mutant.control:
+            edit(work / "csrc", mutant, mutant.file, mutant.old, mutant.new)
         if mutant.slow:
-            edit(work / "csrc", mutant, *SLOW[mutant.units[0]])
+            for slow in SLOW[mutant.units[0]]:
+                edit(work / "csrc", mutant, *slow)
         if mutant.ranks == 2:
             path = work / "csrc" / NARROW[0]
             text = path.read_text()
