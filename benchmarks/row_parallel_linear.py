@@ -266,6 +266,8 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16, for `limit`")
     args = parser.parse_args()
     require_launcher("row_parallel_linear")
+    if not torch.cuda.is_available():
+        raise SystemExit("row_parallel_linear: expected a GPU, torch sees none (nvidia-smi tells why)")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if args.bandwidth is None:

@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "SGLANG_SYMM_CPU": ("best", "portable, avx2 or avx512: instruction set of the sums"),
     "SGLANG_SYMM_CACHE": ("~/.cache/sglang_symm", "where converted models are kept"),
     "SGLANG_SYMM_COMMIT": ("", "the commit that bench and tune write down, where there is no checkout"),
-    "SGLANG_SYMM_SMS": ("all", "SMs of the GPU that this rank may fill (tools/mps_rig.py sets it)"),
+    "SGLANG_SYMM_SMS": ("all", "SMs of the GPU that this rank may fill, others the rest (tools/mps_rig.py sets it)"),
     "SGLANG_SYMM_PROGRAMMATIC_LAUNCH": ("1", "0: a fused kernel starts when the one before has ended (measurements)"),
     "SYNC_TOKEN_IDS_ACROSS_TP": ("0", "1: the attention-TP group gets a symmetric communicator"),
 }

@@ -7,7 +7,8 @@ torchrun does, ends them when one fails, and stops the MPS that it started; so i
 stream, and every torch.cuda.Stream that it makes, lies in a green context of a P-th of the GPU's SMs (rounded down to
 8), and SGLANG_SYMM_SMS says so: a grid that waits must fit there.
 
-Ranks on real GPUs and ranks here run the same code. Differences: all share memory bandwidth and L2; a rank killed with
+At most 15 ranks on an H100 or H200, which splits into 15 parts of 8 SMs. Ranks on real GPUs and ranks here run the same
+code. Differences: all share memory bandwidth and L2; a rank killed with
 a kernel in flight takes the others along, so kill tests need GPUs of their own; NCCL before 2.30 refuses two ranks on
 one GPU. The GPU is the first that CUDA_VISIBLE_DEVICES names.
 """

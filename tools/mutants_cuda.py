@@ -510,6 +510,8 @@ def run(folder: Path, jobs: int, limit: float, only: str | None) -> int:
         plain.append(CudaMutant(name, "", "", "", tests, ranks=ranks, control=True))
     original = ROOT / "sglang_symm" / "_C.abi3.so"
     gpus = visible_gpus()
+    if len(gpus) == 1 and "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        jobs = 1  # an MPS that all would use: ranks of two mutants would be given the same part of the GPU
     begin = time.monotonic()
 
     def shared(mutant: CudaMutant) -> bool:

@@ -4,7 +4,7 @@
 //   algorithm         bytes read a rank    bytes written a rank   waits
 //   one_shot          (P-1) n + own        n + own                1 (headers)
 //   two_shot          2 (P-1)/P n          2 (P-1)/P n + staging  2 (headers, done)
-//   two_shot_direct   2 (P-1)/P n          2 (P-1)/P n            2 (headers, done)
+//   two_shot_direct   2 (P-1)/P n          2 (P-1)/P n            2 (headers, done); GPUs that push: 3 (arrived too)
 //   process_group     theirs               theirs                 1 (headers) + theirs
 //   nccl              theirs               theirs                 1 (headers) + theirs
 #pragma once

@@ -27,7 +27,7 @@ struct Offsets {
 // All threads of the CTA. True when all headers have come and agree; then `offsets` holds everybody's.
 __device__ __forceinline__ bool meet(const Session& s, Offsets* offsets) {
   const bool speaks = is_signal_warp() && blockIdx.x == 0;
-  if (speaks) fence_sys();  // what earlier kernels wrote here, before the header that lets peers read it
+  if (speaks) fence_sys();  // what earlier kernels wrote here, before the header that lets peers write over it
   bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between
   if (!fine) return false;
   if (is_signal_warp()) {

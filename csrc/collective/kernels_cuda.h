@@ -51,7 +51,7 @@ struct ScatterCuda : SumCuda {       // `count`: of my part
 
 void launch_one_shot(const SumCuda& sum, const GridCuda& grid, cudaStream_t stream);
 void launch_two_shot(const SumCuda& sum, const GridCuda& grid, cudaStream_t stream);
-// The result lies in the arena (call.offset_out); `out` receives a copy if it is elsewhere. Peers read x there too if
+// Peers write into the arena (call.offset_out); `out` receives a copy if it is elsewhere. Peers read x there too if
 // it has an offset (call.offset_in), else it is pushed to them.
 void launch_two_shot_direct(const SumCuda& sum, const GridCuda& grid, cudaStream_t stream);
 void launch_reduce_scatter(const ScatterCuda& sum, const GridCuda& grid, cudaStream_t stream);

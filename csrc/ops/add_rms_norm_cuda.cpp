@@ -50,7 +50,7 @@ bool all_reduce_norm_into(Group& group, Descriptor descriptor, const at::Tensor&
       world == 1 || norm_slot_bytes(static_cast<size_t>(rows), static_cast<size_t>(columns), descriptor.dtype) <= part;
   const std::lock_guard lock(group.order);
   if (choose_for(group, &descriptor, x.nbytes()) != Algorithm::one_shot || !fits) return false;
-  descriptor.flags |= Descriptor::kFused;
+  descriptor.flags |= Descriptor::kNormed;
   const auto stream = static_cast<cudaStream_t>(current_stream(group));
   const DeviceScope scope(collectives.device());
   NormCuda a = norm_of(x, norm, y, hidden);

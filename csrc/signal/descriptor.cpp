@@ -35,7 +35,7 @@ std::string to_string(const Descriptor& d) {
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements)");
     case OpCode::all_reduce_add_rms_norm:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements in rows of ", d.aux,
-                 (d.flags & Descriptor::kFused) != 0 ? ", fused" : "", ")");
+                 (d.flags & Descriptor::kNormed) != 0 ? ", fused" : "", ")");
     case OpCode::broadcast:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements, src ", d.aux, ")");
     case OpCode::all_gather:
@@ -48,7 +48,10 @@ std::string to_string(const Descriptor& d) {
     case OpCode::row_parallel_linear_add_rms_norm:
       return cat(op, "(", name(d.dtype), ", y [", d.count, ", ", d.aux, "]",
                  (d.flags & Descriptor::kHasBias) != 0 ? ", bias" : ", no bias",
-                 (d.flags & Descriptor::kFused) != 0 ? ", fused" : "", ")");
+                 (d.flags & Descriptor::kFused) != 0    ? ", fused"
+                 : (d.flags & Descriptor::kNormed) != 0 ? ", fused with the norm"
+                                                        : "",
+                 ")");
     default:
       return cat(op, "(", name(d.dtype), ", ", d.count, " elements, ", name(d.reduce_op()), ")");
   }

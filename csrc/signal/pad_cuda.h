@@ -71,8 +71,8 @@ struct LayoutCuda {
   size_t small_bytes;  // of data, a rank a parity
   size_t slots;        // [2 parities][slot_bytes]
   size_t slot_bytes;   // a parity, for all ranks together
-  size_t staging_in;   // staging_bytes each: for tensors that peers must reach and that lie outside
-  size_t staging_out;
+  size_t staging_in;   // staging_bytes each: what peers contribute to sums of mine
+  size_t staging_out;  // a result that peers write, and that lies outside of the arena
   size_t staging_bytes;
   size_t heap;
 

@@ -114,7 +114,12 @@ def checked_device(device: torch.device | str | int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if (found.index or 0) >= count:
-        raise ValueError(f"sglang_symm: device {found}: torch sees {count} CUDA device(s) in this process")
+        what = (
+            f"expected a device below cuda:{count}"
+            if count
+            else "use device='cpu', or see nvidia-smi and torch.version.cuda"
+        )
+        raise ValueError(f"sglang_symm: device {found}: torch sees {count} GPU(s) in this process; {what}")
     return found
 
 

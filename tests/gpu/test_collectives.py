@@ -34,6 +34,23 @@ def test_all_reduce_gives_the_bits_of_the_ordered_sum(group, rank, size, dtype, 
     assert same_bits(x.cpu(), ordered_sum(xs))
 
 
+@pytest.mark.parametrize("dtype", NATIVE, ids=str)
+@pytest.mark.parametrize("count", [5, 4096, 700_001])
+def test_in_the_arena_and_in_place(group, rank, size, dtype, count):
+    """Where peers may read x, and write over it. On every second rank x lies outside in every second call."""
+    name = group.unique_name
+    for call in range(6):
+        xs = inputs(size, [count], dtype, seed=call)
+        x = torch.ops.sglang_symm.empty([count], name, dtype=dtype, device=group.device).copy_(xs[rank])
+        if call % 2 == 1 and rank % 2 == 1:
+            x = x.clone()
+        assert group.contains(x) == (call % 2 == 0 or rank % 2 == 0)
+        out = group.all_reduce(x)
+        group.all_reduce_(x)
+        assert same_bits(out.cpu(), ordered_sum(xs))
+        assert same_bits(x.cpu(), ordered_sum(xs))
+
+
 @pytest.mark.parametrize("count", [8, 1000, 70_000])
 def test_calls_in_a_row_are_each_their_own(group, rank, size, count):
     """No host looks in between, so a rank may be a call ahead of another; no two calls in a row have the same data."""

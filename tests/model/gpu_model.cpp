@@ -34,22 +34,38 @@ using Mask = unsigned __int128;
 
 // --- what is modelled -----------------------------------------------------------------------------------------------
 
-enum class Kind : uint8_t { one_shot, two_shot, direct, copy, zero, fused, fused_two_shot, prefill, prefill_last };
+enum class Kind : uint8_t {
+  one_shot,
+  two_shot,
+  direct,
+  copy,
+  zero,
+  fused,
+  fused_two_shot,
+  prefill,
+  prefill_last,
+  direct_read
+};
 constexpr const char* kKinds[] = {
     "one_shot",  // sentinel slots; between two ranks two chunks, of one CTA each. The prefill kernel, one-shot, too
     "two_shot",  // partials to their owner, sums to everybody: sentinel slots, too
-    "direct",    // owners read and write everybody's tensor, in place: headers, then done flags
-    "copy",      // broadcast through small slots, whose words carry their epoch; the root is rank 0, in the fourth call
-                 // rank 1
-    "zero",      // headers alone: a barrier, 0 elements, what the process group will do. One CTA
-    "fused",     // the decode kernel, one-shot: two tiles between two ranks, else one
+    "direct",    // contributions into the owners' staging memory, arrived flags, headers; sums over everybody's tensor,
+               // in place, done flags
+    "copy",   // broadcast through small slots, whose words carry their epoch; the root is rank 0, in the fourth call
+              // rank 1
+    "zero",   // headers alone: a barrier, 0 elements, what the process group will do. One CTA
+    "fused",  // the decode kernel, one-shot: two tiles between two ranks, else one
     "fused_two_shot",  // the decode kernel, two-shot: results are collected one tile late
     "prefill",  // the prefill kernel, two-shot: partials and their flags to the owner, sums to everybody, done flags
     "prefill_last",  // the same between two ranks, which both sum the tiles of the last wave
+    "direct_read",  // direct between ranks that share a GPU: owners read everybody's tensor instead, behind the headers
 };
 
 constexpr bool is_prefill(Kind kind) {
   return kind == Kind::prefill || kind == Kind::prefill_last;
+}
+constexpr bool is_direct(Kind kind) {
+  return kind == Kind::direct || kind == Kind::direct_read;
 }
 
 struct Fault {
@@ -94,6 +110,7 @@ enum class Mutant : uint8_t {
   death_unnoticed,
   descriptors_not_compared,
   flag_before_partial,
+  no_arrived_wait,
   one_buffer_of_results,  // (a variant that holds)
 };
 constexpr const char* kMutants[] = {
@@ -123,6 +140,7 @@ constexpr const char* kMutants[] = {
     "a death is not told to the devices",
     "descriptors are not compared",
     "the flag of a partial is raised before it has arrived",
+    "no arrived flag is awaited",
     "(holds) one buffer for the results of both parities",
 };
 static_assert(std::size(kMutants) == static_cast<size_t>(Mutant::one_buffer_of_results) + 1);
@@ -139,6 +157,7 @@ struct Layout {
   int header(int d, int s, int parity) const { return (d * kMaxRanks + s) * 2 + parity; }
   int copy(int d, int s, int parity) const { return kCopies + (d * kMaxRanks + s) * 2 + parity; }
   int done(int d, int s, int parity) const { return kDone + (d * kMaxRanks + s) * 2 + parity; }
+  int arrived(int d, int s, int parity) const { return kArrived + (d * kMaxRanks + s) * 2 + parity; }
   // Staging memory has one for both parities.
   int partial(int d, int s) const { return kPartials + (d * kMaxRanks + s) * 2; }
   int tensor(int r, int share) const { return kTensors + r * kMaxRanks + share; }
@@ -152,7 +171,8 @@ struct Layout {
     };
     if (word < kCopies) return pair("header", word);
     if (word < kDone) return pair("copy", word - kCopies);
-    if (word < kPartials) return pair("done", word - kDone);
+    if (word < kArrived) return pair("done", word - kDone);
+    if (word < kPartials) return pair("arrived", word - kArrived);
     if (word < kTensors) return pair("partial", word - kPartials);
     if (word < kSlots) {
       return "tensor of rank " + std::to_string((word - kTensors) / kMaxRanks) + ", share " +
@@ -164,8 +184,8 @@ struct Layout {
   }
 
   static constexpr int kPairs = 2 * kMaxRanks * kMaxRanks, kSlotWords = 2 * kMaxRanks * kTiles;
-  static constexpr int kCopies = kPairs, kDone = 2 * kPairs, kPartials = 3 * kPairs;
-  static constexpr int kTensors = 4 * kPairs;
+  static constexpr int kCopies = kPairs, kDone = 2 * kPairs, kArrived = 3 * kPairs, kPartials = 4 * kPairs;
+  static constexpr int kTensors = 5 * kPairs;
   static constexpr int kSlots = kTensors + kMaxRanks * kMaxRanks;
   static constexpr int kWords = kSlots + 2 * kMaxRanks * kSlotWords;
   int ranks;
@@ -183,13 +203,13 @@ constexpr int kOddDescriptor = 8;
 // --- programs -------------------------------------------------------------------------------------------------------
 
 enum class Act : uint8_t {
-  send,    // a header, a done flag or a copy: over one of an older call, which its reader must have seen
+  send,    // a header, a flag, a partial or a copy: over one of an older call, which its reader must have seen
   await,   // until all words hold this call's number
   push,    // into a slot, which must be at rest
   take,    // until no word is at rest; then all must be this call's
   re_arm,  // words of this call go to rest
   fill,    // the caller writes its tensor, before the call
-  read,    // the peers' tensors: all must hold this call's input
+  read,    // tensors or partials: all must hold this call's
   write,   // a share of a tensor
   end,     // of the kernel
 };
@@ -233,7 +253,7 @@ class Writer {
       signal(kind);
       if (kind == Kind::one_shot) one_shot();
       if (kind == Kind::two_shot) two_shot();
-      if (kind == Kind::direct) direct();
+      if (is_direct(kind)) direct(kind);
       if (kind == Kind::copy) copy();
       if (kind == Kind::fused) fused();
       if (kind == Kind::fused_two_shot) fused_two_shot();
@@ -270,7 +290,7 @@ class Writer {
     const int parity = mutant(Mutant::one_header) ? 0 : parity_of_[0];
     const bool root = root_of(call_) == me_;
     filled_ = 0;
-    if (kind == Kind::direct) {
+    if (is_direct(kind)) {
       std::vector<int> words;
       for (int i = 0; i < config_.ranks; i++) words.push_back(at_.tensor(me_, i));
       filled_ = bit(add(Act::fill, kSignal, input_of(call_), 0, words));
@@ -289,7 +309,7 @@ class Writer {
     each_peer([&](int s) { words.push_back(at_.header(me_, s, parity)); });
     if (mutant(Mutant::last_peer_not_awaited)) words.pop_back();
     // Direct algorithms: every CTA awaits them as a whole.
-    const bool whole = kind == Kind::direct || is_prefill(kind);
+    const bool whole = is_direct(kind) || is_prefill(kind);
     const int index = add(Act::await, whole ? kWorker : kSignal, call_, 0, words);
     program_.ops[index].compares = true;
     headers_ = bit(index);
@@ -342,12 +362,27 @@ class Writer {
     if (!mutant(Mutant::results_not_re_armed)) re_arm(kWorker, collected, results);
   }
 
-  void direct() {
-    const Mask after = headers_;
+  void direct(Kind kind) {
     std::vector<int> inputs;
-    for (int r = 0; r < config_.ranks; r++) inputs.push_back(at_.tensor(r, me_));
-    const Mask read = bit(add(Act::read, kWorker, input_of(call_), after | filled_, inputs));
-    write_share_and_close(read);
+    if (kind == Kind::direct_read) {
+      for (int r = 0; r < config_.ranks; r++) inputs.push_back(at_.tensor(r, me_));
+      write_share_and_close(bit(add(Act::read, kWorker, input_of(call_), headers_ | filled_, inputs)));
+      return;
+    }
+    // Contributions wait for no header. They are sent from a tensor that the peers' sums then overwrite.
+    std::vector<int> arrived, partials;
+    each_peer([&](int d) {
+      const Mask loaded = bit(add(Act::read, kWorker, input_of(call_), filled_, {at_.tensor(me_, d)}));
+      const Mask sent = bit(add(Act::send, kWorker, call_, loaded, {at_.partial(d, me_)}));
+      const Mask before = mutant(Mutant::flag_before_partial) ? loaded : sent;
+      add(Act::send, kWorker, call_, before, {at_.arrived(d, me_, parity_of_[0])});
+    });
+    each_peer([&](int s) { arrived.push_back(at_.arrived(me_, s, parity_of_[0])); });
+    each_peer([&](int s) { partials.push_back(at_.partial(me_, s)); });
+    Mask came = headers_;
+    if (!mutant(Mutant::no_arrived_wait)) came |= bit(add(Act::await, kWorker, call_, headers_, arrived));
+    const Mask own = bit(add(Act::read, kWorker, input_of(call_), filled_, {at_.tensor(me_, me_)}));
+    write_share_and_close(own | bit(add(Act::read, kWorker, call_, came, partials)));
   }
 
   // This rank's share of everybody's tensor, then the closing barrier.
@@ -668,7 +703,8 @@ class Machine : public explore::Narrator {
         say(r, op.call, "(its caller) fills its tensor");
         for (size_t i = 0; i < op.words.size(); i++) {
           const int word = op.words[i], old = state.now[word];
-          if (old != 0 && old % 2 == 0 && !has_seen(state, static_cast<int>(i), word, old / 2)) {
+          const bool peers_read = old != 0 && old % 2 == 0 && config_.calls[old / 2 - 1] == Kind::direct_read;
+          if (peers_read && !has_seen(state, static_cast<int>(i), word, old / 2)) {
             violate(r, "overwrites " + at_.name(word) + ", which rank " + std::to_string(i) + " has not read");
           }
           state.now[word] = op.value;
@@ -711,7 +747,7 @@ class Machine : public explore::Narrator {
     const bool odd_call = config_.odd_rank >= 0 && op.call == 2;
     if (odd_call && !broken) violate(r, "returns from call 2, in which ranks disagree");
     const Kind kind = config_.calls[op.call - 1];
-    const bool has_tensor = kind == Kind::direct || is_prefill(kind);
+    const bool has_tensor = is_direct(kind) || is_prefill(kind);
     if (broken && has_tensor) {
       for (int i = 0; i < config_.ranks; i++) state.now[at_.tensor(r, i)] = kSpoiled;
     } else if (has_tensor && !odd_call) {

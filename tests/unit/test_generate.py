@@ -137,7 +137,10 @@ def test_a_model_that_is_not_there_is_one_line_that_names_it(
 def test_a_gpu_that_is_not_there_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(folder), "--prompt", "w1", "--device", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert error == "sglang_symm generate: sglang_symm: device cuda: torch sees 0 CUDA device(s) in this process\n"
+    assert error == (
+        "sglang_symm generate: sglang_symm: device cuda: torch sees 0 GPU(s) in this process; use device='cpu', or see "
+        "nvidia-smi and torch.version.cuda\n"
+    )
 
 
 def test_ranks_are_started_with_the_words_that_main_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,14 @@ def test_the_line_that_a_mutant_breaks_occurs_once(mutant: Mutant) -> None:
 
 
 @pytest.mark.parametrize("mutant", [*mutants_cuda.CONTROLS, *mutants_cuda.MUTANTS], ids=lambda m: m.name)
-def test_the_line_of_a_kernel_that_a_mutant_breaks_occurs_once(mutant: mutants_cuda.CudaMutant) -> None:
-    assert (ROOT / "csrc" / mutant.file).read_text().count(mutant.old) == 1
-    assert mutant.old != mutant.new
-    assert mutant.units
+def test_the_lines_of_a_kernel_that_a_mutant_changes_occur_once(mutant: mutants_cuda.CudaMutant) -> None:
+    edits = [] if mutant.control else [(mutant.file, mutant.old, mutant.new)]
+    edits += mutants_cuda.SLOW[mutant.units[0]] if mutant.slow else []
+    assert edits
+    for file, old, new in edits:
+        assert (ROOT / "csrc" / file).read_text().count(old) == 1
+        assert old != new
     assert all((ROOT / "csrc" / unit).is_file() for unit in mutant.units)
-    assert not mutant.slow or mutant.units[0] in mutants_cuda.SLOW
 
 
 @pytest.mark.parametrize("mutant", mutants_python.MUTANTS, ids=lambda m: m.name)
@@ -81,6 +83,7 @@ def test_what_ended_at_the_limit_is_caught_where_the_same_sleep_alone_passes(
         return LATE if mutant.name == SLOW else control if mutant is chosen[0] else PASSES
 
     monkeypatch.setattr(mutants_cuda, "try_mutant", found)
+    monkeypatch.setattr(mutants_cuda, "visible_gpus", lambda: ["0", "1"])
     assert mutants_cuda.run(tmp_path, 2, 45.0, SLOW) == status
     output = capsys.readouterr().out
     assert shown in output

@@ -197,7 +197,7 @@ def test_an_unknown_setting_is_refused_by_name():
         ("meta", "expected device to be cpu, cuda or cuda:N, got 'meta'"),
         ("foo", "got 'foo'"),
         (None, "got 'None'"),
-        ("cuda:99", "device cuda:99: torch sees [0-9]+ CUDA device"),
+        ("cuda:99", "device cuda:99: torch sees [0-9]+ GPU"),
     ],
 )
 def test_a_device_that_is_none_is_named(device, message):
