@@ -1,6 +1,7 @@
 // Which tiles a fused GEMM takes: a pure function of the shape, printable, tested by a table.
 //
-// Operands are swapped: rows of the weight are the MMA's M (64 or 128 of them a tile), tokens are its N, because the weight is what must stream and its rows are many.
+// Operands are swapped: rows of the weight are the MMA's M (64 or 128 of them a tile), tokens are its N, because the
+// weight is what must stream and its rows are many.
 #pragma once
 
 #include <cstddef>

@@ -49,12 +49,12 @@ enum class Kind : uint8_t {
 constexpr const char* kKinds[] = {
     "one_shot",  // sentinel slots; between two ranks two chunks, of one CTA each. The prefill kernel, one-shot, too
     "two_shot",  // partials to their owner, sums to everybody: sentinel slots, too
-    "direct",    // contributions into the owners' staging memory, arrived flags, headers; sums over everybody's tensor,
-               // in place, done flags
-    "copy",   // broadcast through small slots, whose words carry their epoch; the root is rank 0, in the fourth call
-              // rank 1
-    "zero",   // headers alone: a barrier, 0 elements, what the process group will do. One CTA
-    "fused",  // the decode kernel, one-shot: two tiles between two ranks, else one
+    "direct",  // contributions to the owners' staging memory, arrived flags, headers; sums to everybody in place, done
+               // flags
+    "copy",    // broadcast through small slots, whose words carry their epoch; the root is rank 0, in the fourth call
+               // rank 1
+    "zero",    // headers alone: a barrier, 0 elements, what the process group will do. One CTA
+    "fused",   // the decode kernel, one-shot: two tiles between two ranks, else one
     "fused_two_shot",  // the decode kernel, two-shot: results are collected one tile late
     "prefill",  // the prefill kernel, two-shot: partials and their flags to the owner, sums to everybody, done flags
     "prefill_last",  // the same between two ranks, which both sum the tiles of the last wave
