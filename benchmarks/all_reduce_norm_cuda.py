@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from sglang_symm.bench import commit, launched
 from sglang_symm.distributed.group import Group
-from sglang_symm.distributed.launch import require_launcher
+from sglang_symm.distributed.launch import require_gpu_ranks
 
 EPS = 1e-5
 Function = Callable[[], Any]
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--ops", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
-    require_launcher("all_reduce_norm_cuda")
+    require_gpu_ranks("all_reduce_norm_cuda")
     rank = int(os.environ["RANK"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))

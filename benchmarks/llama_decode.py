@@ -50,7 +50,7 @@ from torch import Tensor
 from sglang_symm.bench import commit, launched
 from sglang_symm.decode_graphs import DecodeGraphs
 from sglang_symm.distributed import ForwardBatch, Group, destroy_model_parallel, initialize_model_parallel
-from sglang_symm.distributed.launch import require_launcher
+from sglang_symm.distributed.launch import require_gpu_ranks
 from sglang_symm.layers.attention import KVCache, TokenBatch
 from sglang_symm.layers.linear import RowParallelLinear, weights_are_static
 from sglang_symm.layers.norm import RMSNorm
@@ -458,7 +458,7 @@ def main() -> int:
     args = parser.parse_args()
     faulthandler.enable()  # SIGABRT and SIGSEGV print the stacks of all threads
     faulthandler.register(signal.SIGTERM, chain=True)
-    require_launcher("llama_decode")
+    require_gpu_ranks("llama_decode")
     progress = Progress(int(os.environ["RANK"]), args.stage_seconds)
     try:
         run(args, progress)

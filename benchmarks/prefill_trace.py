@@ -29,7 +29,7 @@ from row_parallel_linear import COPIES, matrix
 
 from sglang_symm.bench import commit, launched
 from sglang_symm.distributed.group import Group
-from sglang_symm.distributed.launch import require_launcher
+from sglang_symm.distributed.launch import require_gpu_ranks
 
 OF_THE_CALL = ("previous_ended", "close_begins", "close_ends", "end")
 # What a warp does between two of its stamps.
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="file for what is printed, of all ranks")
     args = parser.parse_args()
-    require_launcher("prefill_trace")
+    require_gpu_ranks("prefill_trace")
     if not hasattr(torch.ops.sglang_symm, "_prefill_trace"):
         raise SystemExit("prefill_trace: this library writes no stamps. Build it with SGLANG_SYMM_TRACE=1")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

@@ -35,7 +35,7 @@ import torch.distributed._symmetric_memory as symm_mem
 
 from sglang_symm.bench import commit, launched
 from sglang_symm.distributed.group import Group
-from sglang_symm.distributed.launch import require_launcher
+from sglang_symm.distributed.launch import require_gpu_ranks
 
 COPIES = 4
 ARENA = 1 << 30  # graphs of several ways keep their results at the same time
@@ -265,9 +265,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=450.0, help=LINK_HELP)
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16, for `limit`")
     args = parser.parse_args()
-    require_launcher("row_parallel_linear")
-    if not torch.cuda.is_available():
-        raise SystemExit("row_parallel_linear: expected a GPU, torch sees none (nvidia-smi tells why)")
+    require_gpu_ranks("row_parallel_linear")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if args.bandwidth is None:

@@ -14,6 +14,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 
 # A child runs this first: it asks the kernel to be killed when its parent dies, checks that the parent did not die
@@ -36,10 +37,12 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def require_launcher(program: str) -> None:
-    """Ends a program of ranks that no launcher has started, and says how it is started."""
+def require_gpu_ranks(program: str) -> None:
+    """Ends a program of ranks on GPUs that no launcher has started, or that finds no GPU, and says what it needs."""
     if not under_launcher() or "LOCAL_RANK" not in os.environ:
         raise SystemExit(f"{program}: expected to run under torchrun: torchrun --nproc-per-node 2 ...")
+    if not torch.cuda.is_available():
+        raise SystemExit(f"{program}: expected a GPU, torch sees none (nvidia-smi tells why)")
 
 
 def host_store(timeout: float = 600.0) -> dist.TCPStore:
