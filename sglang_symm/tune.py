@@ -42,6 +42,14 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
 # Smallest and largest contribution of a rank, dtypes.
 DEFAULTS = {"cpu": ("256", "8M", ["float32", "bfloat16"]), "cuda": ("1K", "64M", ["bfloat16"])}
 PLACES = ("inside", "outside")
+# Op -> how it is called: what is added to the place, and whether the result takes the place of x. An all_reduce into a
+# new tensor writes to symmetric memory wherever x lies, so algorithms compare differently.
+FORMS = {
+    "all_reduce": (("", True), (", new result", False)),
+    "reduce_scatter": (("", False),),
+    "all_gather": (("", False),),
+    "broadcast": (("", True),),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,10 +155,10 @@ def _run_rank(args: argparse.Namespace, wanted: list[int]) -> int:
             lanes = [(name, place) for name in (*choices[op], *names[len(_SUMS) :]) for place in PLACES]
             runners = [Symm(groups[name], name, place == "inside") for name, place in lanes]
             case = Case(op, contribution * (world.size if op == "all_gather" else 1), DTYPES[dtype], world.size)
-            in_place = op in ("all_reduce", "broadcast")
-            for (name, place), row in zip(lanes, measure(world, case, runners, [in_place], clocks, args.rounds)):
-                wrong += row.wrong
-                found.setdefault((op, place, dtype, name, contribution), []).extend(row.us)
+            for form, in_place in FORMS[op]:
+                for (name, place), row in zip(lanes, measure(world, case, runners, [in_place], clocks, args.rounds)):
+                    wrong += row.wrong
+                    found.setdefault((op, place + form, dtype, name, contribution), []).extend(row.us)
         for group in groups.values():
             group.check()
     finally:
@@ -238,7 +246,8 @@ def summary(document: dict[str, Any]) -> str:
         for place, dtypes in places.items():
             for dtype, columns in dtypes.items():
                 names = [name for name in columns if name != "bytes"]
-                lines.append(f"\n{op}, {dtype}, {place} symmetric memory")
+                where, *form = place.split(", ")
+                lines.append("\n" + ", ".join([op, dtype, f"{where} symmetric memory", *form]))
                 lines.append(f"{'bytes':>8}" + "".join(f"{name:>18}" for name in names))
                 for i, n in enumerate(columns["bytes"]):
                     ladder = document["choice"][op]

@@ -9,8 +9,8 @@ A table is a JSON file of one kind of device and one number of ranks:
 
 ``choice`` is what groups use: for each op the algorithm up to so many bytes of a rank's contribution, the last without
 an end. ``times`` (microseconds) and ``noise`` are what it was derived from: tensors in symmetric memory and outside of
-it. Where a tensor lies differs from rank to rank, so it cannot enter the choice; the algorithm that is bad at neither
-is taken.
+it, an all_reduce in place and into a new tensor. That differs from rank to rank, so it cannot enter the choice; the
+algorithm that is bad nowhere is taken.
 """
 
 from __future__ import annotations
@@ -243,6 +243,6 @@ def derive_choice(times: Mapping[str, Any], noise: float, allowed: Sequence[str]
     def columns(op: str, places: Sequence[str]) -> list[Columns]:
         return [each for place in places for each in times[op].get(place, {}).values()]
 
-    choice = {op: derive_ladder(columns(op, ("inside", "outside")), noise, allowed) for op in times}
-    choice["row_parallel_linear"] = derive_ladder(columns("all_reduce", ("inside",)), noise, allowed)
+    choice = {op: derive_ladder(columns(op, list(times[op])), noise, allowed) for op in times}
+    choice["row_parallel_linear"] = derive_ladder(columns("all_reduce", ["inside"]), noise, allowed)
     return {op: choice.get(op, ((None, "one_shot"),)) for op in OPS}

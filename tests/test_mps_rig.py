@@ -148,11 +148,12 @@ def test_a_rank_has_its_part_of_this_gpus_sms_in_eights() -> None:
 
 
 class FakeDriver(SimpleNamespace):
-    """A driver of CUDA 12.5 on a GPU that splits into `parts`; `code`: what the split returns."""
+    """A driver of CUDA 12.5 on a GPU that splits into `parts` and `rest` SMs; `code`: what the split returns."""
 
-    def __init__(self, parts: int, code: int = 0) -> None:
-        def split(result: Any, count: Any, *rest: Any) -> int:
+    def __init__(self, parts: int, rest: int = 0, code: int = 0) -> None:
+        def split(result: Any, count: Any, whole: Any, left: Any, flags: int, sms: int) -> int:
             count._obj.value = parts
+            left._obj.sms = rest
             return code
 
         def why(code: int, text: Any) -> int:
@@ -169,7 +170,7 @@ class FakeDriver(SimpleNamespace):
 @pytest.mark.parametrize(
     ("driver", "error"),
     [
-        (FakeDriver(3), "expected 4 parts of 32 SMs, the GPU splits into 3: fewer --ranks"),
+        (FakeDriver(3, rest=24), "expected 4 parts of 32 SMs, the GPU splits into 3: fewer --ranks"),
         (FakeDriver(4, code=1), "SplitByCount into 4 parts of 32 SMs: CUDA error 1, invalid argument"),
         (SimpleNamespace(), "this driver has no green contexts: expected one of CUDA 12.5"),
     ],
@@ -182,7 +183,8 @@ def test_an_error_of_green_contexts_says_what_did_not_fit(
         mps_rig.GreenContext(0, 4, 32)
 
 
-def test_a_split_that_fits_gives_each_rank_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(4))
+@pytest.mark.parametrize("driver", [FakeDriver(4), FakeDriver(3, rest=32)], ids=["parts", "what is left"])
+def test_a_split_that_fits_gives_each_rank_its_part(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     for part in range(4):
         mps_rig.GreenContext(part, 4, 32)

@@ -7,10 +7,10 @@ torchrun does, ends them when one fails, and stops the MPS that it started; so i
 stream, and every torch.cuda.Stream that it makes, lies in a green context of a P-th of the GPU's SMs (rounded down to
 8), and SGLANG_SYMM_SMS says so: a grid that waits must fit there.
 
-At most 15 ranks on an H100 or H200, which splits into 15 parts of 8 SMs. Ranks on real GPUs and ranks here run the same
-code. Differences: all share memory bandwidth and L2; a rank killed with
+Ranks on real GPUs and ranks here run the same code. Differences: all share memory bandwidth and L2; a rank killed with
 a kernel in flight takes the others along, so kill tests need GPUs of their own; NCCL before 2.30 refuses two ranks on
-one GPU. The GPU is the first that CUDA_VISIBLE_DEVICES names.
+one GPU; the last of 16 ranks on an H100 or H200 has SMs that need not be neighbours, so clusters of CTAs may not fit
+there. The GPU is the first that CUDA_VISIBLE_DEVICES names.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class GreenContext:
             raise RuntimeError("mps_rig: this driver has no green contexts: expected one of CUDA 12.5 or newer")
 
         class Resource(ctypes.Structure):
-            _fields_ = [("opaque", ctypes.c_byte * 144)]
+            _fields_ = [("opaque", ctypes.c_byte * 96), ("sms", ctypes.c_uint), ("more", ctypes.c_byte * 44)]
 
         whole, split, rest, count = Resource(), (Resource * MOST_RANKS)(), Resource(), ctypes.c_uint(parts)
         description, self.context = ctypes.c_void_p(), ctypes.c_void_p()
@@ -71,12 +71,14 @@ class GreenContext:
             ),
             f"cuDevSmResourceSplitByCount into {parts} parts of {sms} SMs",
         )
-        if count.value < parts:
+        # What is left need not be neighbours, and may be as many.
+        found = [*split[: count.value], *([rest] if rest.sms >= sms else [])]
+        if len(found) < parts:
             raise RuntimeError(
-                f"mps_rig: expected {parts} parts of {sms} SMs, the GPU splits into {count.value}: fewer --ranks"
+                f"mps_rig: expected {parts} parts of {sms} SMs, the GPU splits into {len(found)}: fewer --ranks"
             )
         self._check(
-            driver.cuDevResourceGenerateDesc(ctypes.byref(description), ctypes.byref(split, part * 144), 1),
+            driver.cuDevResourceGenerateDesc(ctypes.byref(description), ctypes.byref(found[part]), 1),
             "cuDevResourceGenerateDesc",
         )
         self._check(driver.cuGreenCtxCreate(ctypes.byref(self.context), description, 0, 1), "cuGreenCtxCreate")

@@ -49,6 +49,7 @@ NORM_TEST = "tests/gpu/test_norm.py -k 'composition and bfloat16 and 576'"
 PREFILL = "fused/prefill_sm90.cu"
 MANY_TOKENS = "tests/gpu/test_fused_prefill.py -k 'every_number and bfloat16'"
 TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
+FUSED_IN_A_ROW = FUSED_TEST + "'random_calls'"
 
 # Where rank 1 is slow, in every fourth call, so that others run ahead of what it has still to read or to write.
 SLEEP = "if (s.call.rank == 1 && (s.epoch & 3) == {}) __nanosleep(100000);"
@@ -59,7 +60,11 @@ SLOW = {
     # Before the contributions, but for those of CTA 0, which sends the header; before the sums, but for those of the
     # warp that sends the flags.
     DIRECT: [
-        (DIRECT, "if (pushes && s.alive) {", f"if (blockIdx.x != 0) {{ {SLEEP.format(0)} }} if (pushes && s.alive) {{"),
+        (
+            DIRECT,
+            "if (works && pushes && s.alive) {",
+            f"if (blockIdx.x != 0) {{ {SLEEP.format(0)} }} if (works && pushes && s.alive) {{",
+        ),
         (
             DIRECT,
             "const uint4 sum = sum_in",
@@ -257,7 +262,7 @@ MUTANTS = [
         "fused/tile_sm90.cuh",
         "s.parity() * a.slot_bytes",
         "0 * a.slot_bytes",
-        TOKENS,
+        FUSED_IN_A_ROW,
         (FUSED,),
         slow=True,
     ),
@@ -319,7 +324,7 @@ CONTROLS = [
         (ONE_SHOT, IN_A_ROW.format("one_shot")),
         (TWO_SHOT, IN_A_ROW.format("two_shot and not direct")),
         (DIRECT, COLLECTIVES + "'(calls_in_a_row or (all_reduce_gives and bfloat16)) and direct'"),
-        (FUSED, TOKENS),
+        (FUSED, FUSED_IN_A_ROW),
     )
 ]
 # Instances for more than two ranks, which a mutant of two ranks does not need; it is compiled in half the time.
@@ -476,7 +481,7 @@ def try_mutant(mutant: CudaMutant, library: Path, limit: float, gpu: str | None)
         for rank in ranks:
             rank.wait()
         text = log.read_text(errors="replace")
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+        failed = re.findall(r"^(?:\[rank \d+\] )?(?:FAILED|ERROR) (\S+)", text, re.M)
         passed = re.findall(r"(\d+) passed", text)
         if failed:
             return Outcome(True, failed[0])

@@ -153,9 +153,8 @@ MUTANTS = [
     KernelMutant(
         "direct: arrived flags are sent before the contributions",
         DIRECT,
-        "bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between\n"
-        "  if (fine && !works)",
-        "bool fine = s.alive;\n  if (fine && !works)",
+        "bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between\n",
+        "bool fine = s.alive;\n",
         CONTRIBUTIONS,
     ),
     KernelMutant(

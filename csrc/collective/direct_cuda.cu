@@ -19,29 +19,21 @@ namespace device {
 
 namespace {
 
-struct Offsets {
-  uint64_t in[kMaxWorldSize];
-  uint64_t out[kMaxWorldSize];
-};
-
-// All threads of the CTA. True when all headers have come and agree; then `offsets` holds everybody's.
-__device__ __forceinline__ bool meet(const Session& s, Offsets* offsets) {
-  const bool speaks = is_signal_warp() && blockIdx.x == 0;
-  if (speaks) fence_sys();  // what earlier kernels wrote here, before the header that lets peers write over it
-  bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between
-  if (!fine) return false;
+// All threads of the CTA, when they have their epoch and have sent what they send unasked. Then the signal warp sends
+// this rank's header (CTA 0's) and advances the epochs, which would hold the kernel up at its end.
+__device__ __forceinline__ bool open(const Session& s) {
+  const bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between
   if (is_signal_warp()) {
-    if (speaks) send_headers(s);
-    fine = await_headers(s);
-    for (int r = threadIdx.x & (kWarp - 1); r < s.call.world_size; r += kWarp) {
-      const HeaderCuda& header = s.own()->header[s.parity()][r];
-      // The peer's fence is met by an acquire of its header, not by a fence: that would wait for my headers to arrive.
-      if (r != s.call.rank) load_acquire(&header.word[1]);
-      offsets->in[r] = r == s.call.rank ? s.call.offset_in : offset_in(header);
-      offsets->out[r] = r == s.call.rank ? s.call.offset_out : offset_out(header);
-    }
+    if (fine && blockIdx.x == 0) send_headers(s);
+    advance_epochs(s, threadIdx.x & (kWarp - 1), kWarp);
   }
-  return __syncthreads_and(fine) != 0;
+  return fine;
+}
+
+// What earlier kernels wrote here, before the header that lets peers read it or write over it. Called while the epoch
+// is on its way: the header waits for both.
+__device__ __forceinline__ void fence_before_header() {
+  if (is_signal_warp() && blockIdx.x == 0) fence_sys();
 }
 
 // The peers', by rank.
@@ -52,29 +44,23 @@ struct Places {
 
 // The signal warp, when the CTA's contributions are on their way: true when its peers' are here and all headers agree;
 // then `places` is filled. Headers first: who calls something else sends no contributions.
-__device__ __forceinline__ bool meet_with_contributions(const SumCuda& a, const Session& s, Places* places) {
+__device__ __forceinline__ bool meet_with_contributions(const SumCuda& a, const Session& s, Offsets* offsets,
+                                                        Places* places) {
   const int lane = static_cast<int>(threadIdx.x & (kWarp - 1));
   const int me = s.call.rank;
-  const bool pushes = s.call.offset_in == kNoOffset;
   const bool has_peer = lane < s.call.world_size && lane != me;
-  if (blockIdx.x == 0) {
-    if (!pushes) fence_sys();  // what earlier kernels wrote here, before the header that lets peers read it
-    send_headers(s);
-  }
-  if (has_peer && pushes) raise_flag(s, lane, &PadCuda::arrived);
-  if (!await_headers(s)) return false;
+  if (has_peer && s.call.offset_in == kNoOffset) raise_flag(s, lane, &PadCuda::arrived);
+  if (!await_headers(s, offsets)) return false;
   bool fine = true;
   if (has_peer) {
-    const HeaderCuda& header = s.own()->header[s.parity()][lane];
-    const uint64_t in = offset_in(header), mine = uint64_t{a.share} * 16 * static_cast<uint32_t>(me);
+    const uint64_t in = offsets->in[lane], mine = uint64_t{a.share} * 16 * static_cast<uint32_t>(me);
     if (in == kNoOffset) {
       places->in[lane] = Slots{a.slots, a.part}.at(s, me, lane, 0);
       fine = await_flag(s, lane, &PadCuda::arrived);
     } else {
       places->in[lane] = s.call.window[lane] + in + mine;
-      load_acquire(&header.word[1]);  // meets the peer's fence
     }
-    places->out[lane] = s.call.window[lane] + offset_out(header);
+    places->out[lane] = s.call.window[lane] + offsets->out[lane];
   }
   return __all_sync(kAllLanes, fine) != 0;
 }
@@ -92,18 +78,20 @@ __device__ __forceinline__ void gather(const Session& s, const Places& places, u
 
 template <class Type, bool Plain, int Max, int Unroll>
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot_direct(const __grid_constant__ SumCuda a) {
+  __shared__ Offsets offsets;
   __shared__ Places places;
   const bool works = !is_signal_warp();
-  const bool pushes = works && a.call.offset_in == kNoOffset;
+  const bool pushes = a.call.offset_in == kNoOffset;
   const int world = a.call.world_size;
   const int me = a.call.rank;
   const SharesOf<Type, Plain, Max, Unroll> shares(a);
   const Workers w = workers();
   uint4 x[Unroll][Max];
   const Door door = arrive(a.call);
-  if (pushes) shares.load(w.first, x);
+  if (works && pushes) shares.load(w.first, x);
   const Session s = enter(a.call, door);
-  if (pushes && s.alive) {
+  if (!pushes) fence_before_header();
+  if (works && pushes && s.alive) {
     const Slots staging{a.slots, a.part};
     for (uint32_t first = w.first; first < a.share;) {
       shares.each(first, [&](int u, int step, int owner, uint32_t i, uint32_t) {
@@ -113,8 +101,8 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot_direct(const 
       shares.load(first, x);
     }
   }
-  bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between
-  if (fine && !works) fine = meet_with_contributions(a, s, &places);
+  bool fine = open(s);
+  if (fine && !works) fine = meet_with_contributions(a, s, &offsets, &places);
   fine = __syncthreads_and(fine) != 0;
   const uint32_t mine = shares.begin(me);
   if (fine && works) {
@@ -143,21 +131,37 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot_direct(const 
   }
   if (fine) fine = finish(s);
   const std::byte* result = s.call.window[me] + s.call.offset_out;
-  if (works && (!fine || result != a.out)) {
-    for (int step = fine ? 1 : 0; step < world; step++) {
-      const uint32_t begin = shares.begin(s.peer(step));
-      for (uint32_t i = w.first; i < a.share && begin + i < shares.chunks; i += w.stride) {
-        const uint4 v = fine ? load_sys(static_cast<const void*>(result + size_t{begin + i} * 16)) : all_bits_set();
-        store_chunk<Type>(a.out, begin + i, a.count, shares.out_aligned, v);
-      }
+  if (works && !fine) fill<Type>(a.out, a.count);
+  if (works && fine && result != a.out) {
+    for (uint32_t first = w.first; first < a.share; first += Unroll * w.stride) {
+      uint4 v[Unroll][Max];
+      shares.each(first, [&](int u, int step, int, uint32_t, uint32_t chunk) {
+        v[u][step] = load_sys(static_cast<const void*>(result + size_t{chunk} * 16));
+      });
+      shares.each(first, [&](int u, int step, int, uint32_t, uint32_t chunk) {
+        store_chunk<Type>(a.out, chunk, a.count, shares.out_aligned, v[u][step]);
+      });
     }
   }
-  end(s);
 }
 
-// `bytes` from anywhere to anywhere by the grid's workers, as wide as both addresses allow.
-template <class Word>
-__device__ __forceinline__ void copy_words(std::byte* to, const std::byte* from, size_t words) {
+// Where bytes go: to all of them at once, so that they are loaded once. In shared memory: an array that a thread
+// indexes would lie in memory otherwise.
+struct Destinations {
+  std::byte* at[kMaxWorldSize];
+  int count;
+
+  __device__ __forceinline__ std::byte* operator[](int d) const { return at[d]; }
+};
+struct Destination {
+  std::byte* at;
+  static constexpr int count = 1;
+
+  __device__ __forceinline__ std::byte* operator[](int) const { return at; }
+};
+
+template <class Word, class To>
+__device__ __forceinline__ void copy_words(const To& to, size_t begin, const std::byte* from, size_t words) {
   const Workers w = workers();
   constexpr int kUnroll = 4;
   for (size_t first = w.first; first < words; first += size_t{kUnroll} * w.stride) {
@@ -165,28 +169,34 @@ __device__ __forceinline__ void copy_words(std::byte* to, const std::byte* from,
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
       const size_t i = first + size_t(u) * w.stride;
-      if (i < words) v[u] = reinterpret_cast<const Word*>(from)[i];
+      if (i < words) v[u] = reinterpret_cast<const Word*>(from + begin)[i];
     }
+#pragma unroll 1
+    for (int d = 0; d < to.count; d++) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const size_t i = first + size_t(u) * w.stride;
-      if (i < words) reinterpret_cast<Word*>(to)[i] = v[u];
+      for (int u = 0; u < kUnroll; u++) {
+        const size_t i = first + size_t(u) * w.stride;
+        if (i < words) reinterpret_cast<Word*>(to[d] + begin)[i] = v[u];
+      }
     }
   }
 }
 
-__device__ __forceinline__ void copy_bytes(std::byte* to, const std::byte* from, size_t bytes) {
-  const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+// `bytes` from anywhere to anywhere by the grid's workers, as wide as all addresses allow.
+template <class To>
+__device__ __forceinline__ void copy_bytes(const To& to, const std::byte* from, size_t bytes) {
+  auto bits = reinterpret_cast<uintptr_t>(from);
+  for (int d = 0; d < to.count; d++) bits |= reinterpret_cast<uintptr_t>(to[d]);
   const size_t width = (bits & 15) == 0 ? 16 : (bits & 3) == 0 ? 4 : 1;
   const size_t whole = bytes / width * width;
   if (width == 16) {
-    copy_words<uint4>(to, from, bytes / 16);
+    copy_words<uint4>(to, 0, from, bytes / 16);
   } else if (width == 4) {
-    copy_words<uint32_t>(to, from, bytes / 4);
+    copy_words<uint32_t>(to, 0, from, bytes / 4);
   } else {
-    copy_words<uint8_t>(to, from, bytes);
+    copy_words<uint8_t>(to, 0, from, bytes);
   }
-  if (whole != bytes) copy_words<uint8_t>(to + whole, from + whole, bytes - whole);
+  if (whole != bytes) copy_words<uint8_t>(to, whole, from, bytes - whole);
 }
 
 __device__ __forceinline__ void fill_bytes(std::byte* to, size_t bytes) {
@@ -197,19 +207,26 @@ __device__ __forceinline__ void fill_bytes(std::byte* to, size_t bytes) {
 // A receiver whose result lies outside of its arena takes the contributions in staging, one `offset_in` apart.
 __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) copy_direct(const __grid_constant__ CopyCuda a) {
   __shared__ Offsets offsets;
+  __shared__ Destinations to;
   const Session s = begin(a.call);
+  fence_before_header();
   const int me = s.call.rank;
   std::byte* out = static_cast<std::byte*>(a.out);
-  const std::byte* in = static_cast<const std::byte*>(a.in);
-  bool fine = meet(s, &offsets);
-  if (fine && !is_signal_warp()) {
-    for (int step = 1; step < s.call.world_size; step++) {
+  bool fine = open(s);
+  if (fine && is_signal_warp()) {
+    fine = await_headers(s, &offsets);
+    const int step = 1 + static_cast<int>(threadIdx.x & (kWarp - 1));  // this rank last
+    if (fine && step < s.call.world_size) {
       const int peer = s.peer(step);
       const size_t place = offsets.in[peer] == 0 ? a.begin[me] : static_cast<size_t>(me) * offsets.in[peer];
-      copy_bytes(s.call.window[peer] + offsets.out[peer] + place, in, a.bytes[me]);
+      to.at[step - 1] = s.call.window[peer] + offsets.out[peer] + place;
+    } else if (step == s.call.world_size) {
+      to.at[step - 1] = out + a.begin[me];
+      to.count = a.in_place ? step - 1 : step;
     }
-    if (!a.in_place) copy_bytes(out + a.begin[me], in, a.bytes[me]);
   }
+  fine = __syncthreads_and(fine) != 0;
+  if (fine && !is_signal_warp()) copy_bytes(to, static_cast<const std::byte*>(a.in), a.bytes[me]);
   if (fine) fine = finish(s);
   const size_t distance = s.call.offset_in;
   if (fine && distance != 0) {
@@ -230,11 +247,10 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) copy_direct(const __gr
         fill_bytes(out + a.begin[peer], a.bytes[peer]);
       } else if (distance != 0) {
         const std::byte* staged = s.call.window[me] + s.call.offset_out + static_cast<size_t>(peer) * distance;
-        copy_bytes(out + a.begin[peer], staged, a.bytes[peer]);
+        copy_bytes(Destination{out + a.begin[peer]}, staged, a.bytes[peer]);
       }
     }
   }
-  end(s);
 }
 
 }  // namespace

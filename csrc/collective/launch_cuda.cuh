@@ -34,12 +34,7 @@ __device__ __forceinline__ void keep_protocol(const Session& s) {
   const bool speaks = blockIdx.x == 0 && __all_sync(kAllLanes, s.alive);  // `broken` may rise while lanes read it
   if (speaks) send_headers(s);
   named_barrier_sync<kEpochBarrier>(blockDim.x);
-  PadCuda* pad = s.own();
-#pragma unroll 1
-  for (int i = static_cast<int>(blockIdx.x + (threadIdx.x & (kWarp - 1)) * gridDim.x); i < kMaxCtas;
-       i += static_cast<int>(kWarp * gridDim.x)) {
-    pad->epoch(i) = s.epoch;
-  }
+  advance_epochs(s, threadIdx.x & (kWarp - 1), kWarp);
   if (speaks) await_headers(s);
 }
 

@@ -88,14 +88,20 @@ __device__ __forceinline__ Session begin(const CallCuda& call) {
   return enter(call, arrive(call));
 }
 
+// The threads `first`, `first` + 1, ... of the CTA, `threads` of them, once all of it have read its epoch.
+__device__ __forceinline__ void advance_epochs(const Session& s, uint32_t first, uint32_t threads) {
+  PadCuda* pad = s.own();
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x + first * gridDim.x); i < kMaxCtas;
+       i += static_cast<int>(threads * gridDim.x)) {
+    pad->epoch(i) = s.epoch;
+  }
+}
+
 // All threads of the CTA.
 __device__ __forceinline__ void end(const Session& s) {
   __syncthreads();
-  PadCuda* pad = s.own();
-#pragma unroll 1
-  for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < kMaxCtas; i += blockDim.x * gridDim.x) {
-    pad->epoch(i) = s.epoch;
-  }
+  advance_epochs(s, threadIdx.x, blockDim.x);
 }
 
 // ---- failures ----
@@ -201,9 +207,6 @@ __device__ __forceinline__ Descriptor descriptor_of(const HeaderCuda& h) {
   return d;
 }
 
-__device__ __forceinline__ uint64_t offset_in(const HeaderCuda& h) {
-  return static_cast<uint64_t>(load_sys(&h.word[10])) << 32 | load_sys(&h.word[8]);
-}
 __device__ __forceinline__ uint64_t offset_out(const HeaderCuda& h) {
   return static_cast<uint64_t>(load_sys(&h.word[14])) << 32 | load_sys(&h.word[12]);
 }
@@ -249,20 +252,25 @@ inline __device__ __noinline__ uint32_t missing_headers(const CallCuda& call, ui
   return mask;
 }
 
+struct Offsets {
+  uint64_t in[kMaxWorldSize];
+  uint64_t out[kMaxWorldSize];
+};
+
 // One whole warp. True when every peer's header has come and all descriptors are equal. CTA 0, which waits for headers
 // in every kernel, reports what differs: another one could break the group before CTA 0 has begun, hence sends its
-// header.
-__device__ __forceinline__ bool await_headers(const Session& s) {
+// header. With `offsets`, the peers' are left there, and what a peer wrote before its fence and header is seen.
+__device__ __forceinline__ bool await_headers(const Session& s, Offsets* offsets = nullptr) {
   const int lane = threadIdx.x & (kWarp - 1);
   const int quad = lane & 3;
   bool all_came = true, same = true;
 #pragma unroll 1
   for (int step = 1 + (lane >> 2); step < s.call.world_size && all_came; step += kWarp / 4) {
     const int peer = s.peer(step);
-    const uint32_t* word = &s.own()->header[s.parity()][peer].word[4 * quad];
+    const void* word = &s.own()->header[s.parity()][peer].word[4 * quad];
     uint4 got;
     const auto came = [&] {
-      got = load_sys(static_cast<const void*>(word));
+      got = offsets != nullptr ? load_acquire(word) : load_sys(word);
       return got.y == s.epoch && got.w == s.epoch;
     };
     const auto missing = [&] { return missing_headers(s.call, s.epoch) | 1u << peer; };
@@ -270,6 +278,8 @@ __device__ __forceinline__ bool await_headers(const Session& s) {
     if (all_came && quad < 2) {
       same &= got.x == descriptor_word(s.call.descriptor, 2 * quad) &&
               got.z == descriptor_word(s.call.descriptor, 2 * quad + 1);
+    } else if (all_came && offsets != nullptr) {
+      (quad == 2 ? offsets->in : offsets->out)[peer] = static_cast<uint64_t>(got.z) << 32 | got.x;
     }
   }
   all_came = __all_sync(kAllLanes, all_came) != 0;

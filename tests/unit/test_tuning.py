@@ -212,6 +212,14 @@ def test_row_parallel_linear_is_chosen_by_what_lies_in_symmetric_memory() -> Non
     assert choice["broadcast"] == ((None, "one_shot"),)  # an op without a choice on this device
 
 
+def test_every_form_that_was_measured_counts() -> None:
+    inside, new = columns(one_shot=[1.0], two_shot_direct=[1.1]), columns(one_shot=[1.5], two_shot_direct=[1.0])
+    times = {"all_reduce": {"inside": {"float32": inside}}}
+    assert derive_choice(times, NOISE)["all_reduce"] == ((None, "one_shot"),)
+    times["all_reduce"]["inside, new result"] = {"float32": new}
+    assert derive_choice(times, NOISE)["all_reduce"] == ((None, "two_shot_direct"),)
+
+
 KEPT = sorted(tuning.KEPT.glob("*.json"))
 
 

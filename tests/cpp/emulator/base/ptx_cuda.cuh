@@ -29,6 +29,9 @@ inline void store_release(uint32_t* p, uint32_t v) {
 inline uint32_t load_acquire(const uint32_t* p) {
   return load_sys(p);
 }
+inline uint4 load_acquire(const void* p) {
+  return load_sys(p);
+}
 inline void fence_sys() {
   emulator::fence();
 }
