@@ -9,8 +9,8 @@ A table is a JSON file of one kind of device and one number of ranks:
 
 ``choice`` is what groups use: for each op the algorithm up to so many bytes of a rank's contribution, the last without
 an end. ``times`` (microseconds) and ``noise`` are what it was derived from: tensors in symmetric memory and outside of
-it, an all_reduce in place and into a new tensor. That differs from rank to rank, so it cannot enter the choice; the
-algorithm that is bad nowhere is taken.
+it, an all_reduce in place and (tables of H200s for four and eight ranks, and what ``tune`` writes now) into a new
+tensor. That differs from rank to rank, so it cannot enter the choice; the algorithm that is bad nowhere is taken.
 """
 
 from __future__ import annotations

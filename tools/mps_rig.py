@@ -52,7 +52,7 @@ def sms_of_a_rank(all_sms: int, ranks: int) -> int:
 
 
 class GreenContext:
-    """The `part`-th of `parts` pieces of the GPU, of `sms` SMs each, and streams in it. Raises RuntimeError."""
+    """The `part`-th of `parts` pieces of the GPU, of at least `sms` SMs, and streams in it. Raises RuntimeError."""
 
     def __init__(self, part: int, parts: int, sms: int) -> None:
         self.driver = driver = ctypes.CDLL("libcuda.so.1")
@@ -71,7 +71,7 @@ class GreenContext:
             ),
             f"cuDevSmResourceSplitByCount into {parts} parts of {sms} SMs",
         )
-        # What is left need not be neighbours, and may be as many.
+        # What is left need not be neighbours, and may be more.
         found = [*split[: count.value], *([rest] if rest.sms >= sms else [])]
         if len(found) < parts:
             raise RuntimeError(

@@ -34,6 +34,7 @@ REDUCER, MOVER = "fused/reducer_sm90.cuh", "fused/prefill_mover_sm90.cuh"
 MIXED = "CollectivesCuda.Calls*"
 CONTRIBUTIONS = "CollectivesCuda.EveryCta*"
 COPIES = "CollectivesCuda.ReduceScatter*"
+GAVE_UP = "CollectivesCuda.WhatA*"
 MISSING = "CollectivesCuda.AMissingRank*"
 DISAGREE = "CollectivesCuda.RanksThat*"
 WINDOWS = "CollectivesCuda.AWindow*"
@@ -153,9 +154,34 @@ MUTANTS = [
     KernelMutant(
         "direct: arrived flags are sent before the contributions",
         DIRECT,
+        "  if (!pushes) fence_before_header();\n",
+        "  if (!pushes) fence_before_header();\n"
+        "  if (!works && pushes && s.alive) {\n"
+        "    const int r = static_cast<int>(threadIdx.x & (kWarp - 1));\n"
+        "    if (r < world && r != me) raise_flag(s, r, &PadCuda::arrived);\n"
+        "  }\n",
+        CONTRIBUTIONS,
+    ),
+    KernelMutant(
+        "direct: epochs advance before the whole CTA has read its own",
+        DIRECT,
         "bool fine = __syncthreads_and(s.alive) != 0;  // one answer for the CTA: `broken` may rise in between\n",
         "bool fine = s.alive;\n",
         CONTRIBUTIONS,
+    ),
+    KernelMutant(
+        "direct: a CTA that gives up fills what is of others",
+        DIRECT,
+        "if (works && !fine) shares.fill();",
+        "if (works && !fine) fill<Type>(a.out, a.count);",
+        GAVE_UP,
+    ),
+    KernelMutant(
+        "direct: a copy that gives up leaves what others would have filled",
+        DIRECT,
+        "for (size_t i = threadIdx.x; i < bytes; i += blockDim.x - kWarp) to[i]",
+        "for (size_t i = workers().first; i < bytes; i += workers().stride) to[i]",
+        GAVE_UP,
     ),
     KernelMutant(
         "direct: no done flag is awaited",

@@ -227,6 +227,7 @@ def long_parts(gpus: int) -> list[Part]:
     programs = {"memcheck2": memcheck, "mutants2": mutants}
     parts = [calls, *(Part(name, run, gpus=min(gpus, 2), program=True) for name, run in programs.items())]
     # Numbers that neither two nor three divides: shares are uneven, and registers are for more sources than there are.
+    # 16 are the most.
     parts += [on_the_rig(ranks, "tests/gpu/test_collectives.py") for ranks in (5, 7, 16)]
     for part in parts:
         part.unasked = False

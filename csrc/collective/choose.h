@@ -28,7 +28,7 @@ using Ladder = std::vector<Step>;  // ascending; the last step has no end
 
 // A ladder an op, measured by `tune` on one kind of machine at one world size. The norm variants use their op's.
 //
-//   all_reduce            tensors in the arena and outside of it: the algorithm that is bad at neither
+//   all_reduce            in the arena and outside of it, in place and into a new tensor: what is bad nowhere
 //   row_parallel_linear   partial results lie in the arena
 struct Tuning {
   Ladder all_reduce, row_parallel_linear, reduce_scatter, all_gather, broadcast;

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) two_shot_direct(const 
   }
   if (fine) fine = finish(s);
   const std::byte* result = s.call.window[me] + s.call.offset_out;
-  if (works && !fine) fill<Type>(a.out, a.count);
+  if (works && !fine) shares.fill();
   if (works && fine && result != a.out) {
     for (uint32_t first = w.first; first < a.share; first += Unroll * w.stride) {
       uint4 v[Unroll][Max];
@@ -173,10 +173,11 @@ __device__ __forceinline__ void copy_words(const To& to, size_t begin, const std
     }
 #pragma unroll 1
     for (int d = 0; d < to.count; d++) {
+      Word* const at = reinterpret_cast<Word*>(to[d] + begin);
 #pragma unroll
       for (int u = 0; u < kUnroll; u++) {
         const size_t i = first + size_t(u) * w.stride;
-        if (i < words) reinterpret_cast<Word*>(to[d] + begin)[i] = v[u];
+        if (i < words) at[i] = v[u];
       }
     }
   }
@@ -199,9 +200,9 @@ __device__ __forceinline__ void copy_bytes(const To& to, const std::byte* from, 
   if (whole != bytes) copy_words<uint8_t>(to, whole, from, bytes - whole);
 }
 
+// By this CTA alone: how the bytes are spread over CTAs is the senders' affair, each by its own alignment.
 __device__ __forceinline__ void fill_bytes(std::byte* to, size_t bytes) {
-  const Workers w = workers();
-  for (size_t i = w.first; i < bytes; i += w.stride) to[i] = std::byte{0xFF};
+  for (size_t i = threadIdx.x; i < bytes; i += blockDim.x - kWarp) to[i] = std::byte{0xFF};
 }
 
 // A receiver whose result lies outside of its arena takes the contributions in staging, one `offset_in` apart.
@@ -211,7 +212,10 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) copy_direct(const __gr
   const Session s = begin(a.call);
   fence_before_header();
   const int me = s.call.rank;
+  const std::byte* in = static_cast<const std::byte*>(a.in);
   std::byte* out = static_cast<std::byte*>(a.out);
+  std::byte* const mine = out + a.begin[me];
+  const bool beside = !a.in_place && is_aligned(mine);  // else the peers' copies would be as narrow as this rank's
   bool fine = open(s);
   if (fine && is_signal_warp()) {
     fine = await_headers(s, &offsets);
@@ -221,12 +225,15 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) copy_direct(const __gr
       const size_t place = offsets.in[peer] == 0 ? a.begin[me] : static_cast<size_t>(me) * offsets.in[peer];
       to.at[step - 1] = s.call.window[peer] + offsets.out[peer] + place;
     } else if (step == s.call.world_size) {
-      to.at[step - 1] = out + a.begin[me];
-      to.count = a.in_place ? step - 1 : step;
+      to.at[step - 1] = mine;
+      to.count = beside ? step : step - 1;
     }
   }
   fine = __syncthreads_and(fine) != 0;
-  if (fine && !is_signal_warp()) copy_bytes(to, static_cast<const std::byte*>(a.in), a.bytes[me]);
+  if (fine && !is_signal_warp()) {
+    copy_bytes(to, in, a.bytes[me]);
+    if (!beside && !a.in_place) copy_bytes(Destination{mine}, in, a.bytes[me]);
+  }
   if (fine) fine = finish(s);
   const size_t distance = s.call.offset_in;
   if (fine && distance != 0) {
@@ -240,15 +247,15 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) copy_direct(const __gr
     }
     fine = __syncthreads_and(fine) != 0;
   }
-  if (!is_signal_warp()) {
+  if (!fine && !is_signal_warp()) {
+    for (int r = 0; r < s.call.world_size; r++) {
+      if (r != me || !a.in_place) fill_bytes(out + a.begin[r], a.bytes[r]);
+    }
+  } else if (distance != 0 && !is_signal_warp()) {
     for (int step = 1; step < s.call.world_size; step++) {
       const int peer = s.peer(step);
-      if (!fine) {
-        fill_bytes(out + a.begin[peer], a.bytes[peer]);
-      } else if (distance != 0) {
-        const std::byte* staged = s.call.window[me] + s.call.offset_out + static_cast<size_t>(peer) * distance;
-        copy_bytes(Destination{out + a.begin[peer]}, staged, a.bytes[peer]);
-      }
+      const std::byte* staged = s.call.window[me] + s.call.offset_out + static_cast<size_t>(peer) * distance;
+      copy_bytes(Destination{out + a.begin[peer]}, staged, a.bytes[peer]);
     }
   }
 }

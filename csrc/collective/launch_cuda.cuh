@@ -109,6 +109,16 @@ struct SharesOf {
       x[u][step] = load_chunk<Type, Plain>(a.in, chunk, a.count, in_aligned);
     });
   }
+  // NaN into what this thread would have stored, and nothing else: others may have theirs.
+  __device__ __forceinline__ void fill() const {
+    const Workers w = workers();
+    for (uint32_t i = w.first; i < a.share; i += w.stride) {
+      for (int owner = 0; owner < a.call.world_size; owner++) {
+        const uint32_t chunk = begin(owner) + i;
+        if (chunk < chunks) store_chunk<Type>(a.out, chunk, a.count, out_aligned, all_bits_set());
+      }
+    }
+  }
 };
 
 // What has come for one chunk: `slot` is rank 0's, `part` apart from the next. v[r] is valid for all r but the own when

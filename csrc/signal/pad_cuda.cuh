@@ -8,10 +8,13 @@
 //   end       advances the epochs (or earlier, once the whole CTA has read its own)
 //
 // Nothing traps. A wait that fails writes the device's record in host memory once, sets `broken` and returns false;
-// the caller stores NaN (all bits set) for what it could not have, and the kernel leaves. No thread skips end().
+// the caller stores NaN (all bits set) for what it could not have, and the kernel leaves. Epochs advance on every path.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <cstddef>
+#include <type_traits>
 
 #include "base/ptx_cuda.cuh"
 #include "signal/pad_cuda.h"
@@ -88,11 +91,11 @@ __device__ __forceinline__ Session begin(const CallCuda& call) {
   return enter(call, arrive(call));
 }
 
-// The threads `first`, `first` + 1, ... of the CTA, `threads` of them, once all of it have read its epoch.
-__device__ __forceinline__ void advance_epochs(const Session& s, uint32_t first, uint32_t threads) {
+// By `threads` threads of the CTA, of which this is number `thread`, once all of the CTA have read its epoch.
+__device__ __forceinline__ void advance_epochs(const Session& s, uint32_t thread, uint32_t threads) {
   PadCuda* pad = s.own();
 #pragma unroll 1
-  for (int i = static_cast<int>(blockIdx.x + first * gridDim.x); i < kMaxCtas;
+  for (int i = static_cast<int>(blockIdx.x + thread * gridDim.x); i < kMaxCtas;
        i += static_cast<int>(threads * gridDim.x)) {
     pad->epoch(i) = s.epoch;
   }
@@ -259,8 +262,11 @@ struct Offsets {
 
 // One whole warp. True when every peer's header has come and all descriptors are equal. CTA 0, which waits for headers
 // in every kernel, reports what differs: another one could break the group before CTA 0 has begun, hence sends its
-// header. With `offsets`, the peers' are left there, and what a peer wrote before its fence and header is seen.
-__device__ __forceinline__ bool await_headers(const Session& s, Offsets* offsets = nullptr) {
+// header. With `offsets`, an Offsets*, the peers' are left there, and what a peer wrote before its fence and header is
+// seen.
+template <class To = std::nullptr_t>
+__device__ __forceinline__ bool await_headers(const Session& s, [[maybe_unused]] To offsets = nullptr) {
+  constexpr bool kKeeps = std::is_same_v<To, Offsets*>;
   const int lane = threadIdx.x & (kWarp - 1);
   const int quad = lane & 3;
   bool all_came = true, same = true;
@@ -270,7 +276,7 @@ __device__ __forceinline__ bool await_headers(const Session& s, Offsets* offsets
     const void* word = &s.own()->header[s.parity()][peer].word[4 * quad];
     uint4 got;
     const auto came = [&] {
-      got = offsets != nullptr ? load_acquire(word) : load_sys(word);
+      got = kKeeps ? load_acquire(word) : load_sys(word);
       return got.y == s.epoch && got.w == s.epoch;
     };
     const auto missing = [&] { return missing_headers(s.call, s.epoch) | 1u << peer; };
@@ -278,8 +284,11 @@ __device__ __forceinline__ bool await_headers(const Session& s, Offsets* offsets
     if (all_came && quad < 2) {
       same &= got.x == descriptor_word(s.call.descriptor, 2 * quad) &&
               got.z == descriptor_word(s.call.descriptor, 2 * quad + 1);
-    } else if (all_came && offsets != nullptr) {
-      (quad == 2 ? offsets->in : offsets->out)[peer] = static_cast<uint64_t>(got.z) << 32 | got.x;
+    }
+    if constexpr (kKeeps) {
+      if (all_came && quad >= 2) {
+        (quad == 2 ? offsets->in : offsets->out)[peer] = static_cast<uint64_t>(got.z) << 32 | got.x;
+      }
     }
   }
   all_came = __all_sync(kAllLanes, all_came) != 0;

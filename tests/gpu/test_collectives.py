@@ -152,7 +152,7 @@ def test_barrier_and_rendezvous(shared_group, rank, size):
 
 def test_row_parallel_linear_is_its_reference(shared_group, rank, size):
     if size == 16 and torch.cuda.device_count() < size:
-        pytest.skip("cuBLAS launches clusters, which the last of 16 parts of a GPU does not hold (tools/mps_rig.py)")
+        pytest.skip("cuBLAS launches clusters, which the last of 16 parts of an H200 does not hold (tools/mps_rig.py)")
     for m in (1, 16, 200):
         generator = torch.Generator().manual_seed(rank)
         x = torch.randn(m, 256, generator=generator).to(torch.bfloat16).cuda()

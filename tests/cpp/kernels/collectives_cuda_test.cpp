@@ -292,6 +292,75 @@ TEST(CollectivesCuda, AMissingRankIsNamedTheOutputIsNanAndTheNextCallLeavesAtOnc
   }
 }
 
+// Deadlines that end in the middle of a call, for some of its CTAs.
+Gpus in_a_hurry(int world, uint64_t seed, std::mt19937_64& random) {
+  return Gpus(world, seed, 0.05 + static_cast<double>(random() % 400) / 100.0, 3);
+}
+
+TEST(CollectivesCuda, WhatACallThatGaveUpLeavesIsRightOrNan) {
+  int broken = 0;
+  for (uint64_t seed = 0; seed < seeds(90); seed++) {
+    std::mt19937_64 random(seed);
+    const int world = 2 + static_cast<int>(random() % 2);
+    Gpus gpus = in_a_hurry(world, seed, random);
+    AllReduce call(gpus, kSums[seed % 3], DType::float32, 2400 + random() % 600, random);
+    for (Tensor& t : call.out) std::memset(t.data, 0x11, call.count * 4);
+    call.enqueue(gpus);
+    gpus.run();
+    for (int r = 0; r < world; r++) {
+      broken += gpus.pad(r).gate[0].broken != 0 ? 1 : 0;
+      for (size_t i = 0; i < call.count; i++) {
+        float got;
+        std::memcpy(&got, call.out[static_cast<size_t>(r)].data + 4 * i, 4);
+        const bool right = std::memcmp(&got, call.expected.data() + 4 * i, 4) == 0;
+        ASSERT_TRUE(right || got != got) << "seed " << seed << ", rank " << r << ", element " << i << " of "
+                                         << to_string(call.descriptor);
+      }
+    }
+  }
+  EXPECT_GT(broken, 5);
+}
+
+TEST(CollectivesCuda, WhatACopyThatGaveUpLeavesIsRightOrAllBitsSet) {
+  int broken = 0;
+  for (uint64_t seed = 0; seed < seeds(90); seed++) {
+    std::mt19937_64 random(seed);
+    const int world = 2 + static_cast<int>(random() % 2);
+    Gpus gpus = in_a_hurry(world, seed, random);
+    const bool gathers = seed % 3 != 2, inside = random() % 2 == 0;
+    std::vector<size_t> sizes;
+    for (int r = 0; r < world; r++) sizes.push_back(gathers ? 4 * (2000 + random() % 600) : r == 0 ? 9000 : 0);
+    const size_t total = std::accumulate(sizes.begin(), sizes.end(), size_t{0});
+    const Descriptor descriptor = describe(gathers ? OpCode::all_gather : OpCode::broadcast, Algorithm::two_shot_direct,
+                                           DType::float32, total / 4);
+    const auto of_rank = [](int r) { return 0x20 + r; };
+    std::deque<Tensor> in, out;
+    for (int r = 0; r < world; r++) {
+      in.emplace_back(gpus[r], total / 4, DType::float32, true);
+      out.emplace_back(gpus[r], total / 4, DType::float32, inside);
+      std::memset(in.back().data, of_rank(r), total);
+      std::memset(out.back().data, gathers || r != 0 ? 0x11 : of_rank(0), total);
+    }
+    for (int r = 0; r < world; r++) {
+      std::byte *from = in[static_cast<size_t>(r)].data, *to = out[static_cast<size_t>(r)].data;
+      if (gathers) gpus[r].collectives->all_gather(descriptor, from, to, sizes, &gpus[r].stream);
+      if (!gathers) gpus[r].collectives->broadcast(descriptor, to, total, 0, &gpus[r].stream);
+    }
+    gpus.run();
+    for (int r = 0; r < world; r++) {
+      broken += gpus.pad(r).gate[0].broken != 0 ? 1 : 0;
+      const std::byte* got = out[static_cast<size_t>(r)].data;
+      for (int s = 0; s < world; s++) {
+        for (size_t i = 0; i < sizes[static_cast<size_t>(s)]; i++, got++) {
+          ASSERT_TRUE(*got == std::byte(of_rank(s)) || *got == std::byte{0xFF})
+              << "seed " << seed << ", rank " << r << ", byte " << i << " of rank " << s << "'s";
+        }
+      }
+    }
+  }
+  EXPECT_GT(broken, 5);
+}
+
 TEST(CollectivesCuda, RanksThatDisagreeReportTheSame) {
   for (uint64_t seed = 0; seed < seeds(12); seed++) {
     std::mt19937_64 random(seed);
