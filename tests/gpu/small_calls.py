@@ -160,6 +160,8 @@ def main() -> int:
 
     if torch.cuda.device_count() == 0:
         raise SystemExit("small_calls: expected one GPU or two, torch sees none (nvidia-smi tells why)")
+    if args.sanitizer:
+        Path(args.reports).mkdir(parents=True, exist_ok=True)  # else it writes none, and says nothing
     env: dict[str, Any] = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
