@@ -30,7 +30,7 @@ if ! GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev
     exit 2
 fi
 if ((GPUS < 2)); then
-    echo "many_gpus.sh: torch sees $GPUS GPUs, at least 2 are needed" >&2
+    echo "many_gpus.sh: expected at least 2 GPUs, torch sees $GPUS; ranks that share one: tools/mps_rig.py" >&2
     exit 2
 fi
 P=${1:-$GPUS}

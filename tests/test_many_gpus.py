@@ -29,7 +29,7 @@ def run(folder: Path, python: str, **settings: str) -> subprocess.CompletedProce
     ("python", "error"),
     [
         ("#!/bin/sh\nexit 1\n", "python cannot import torch: expected one that can"),
-        (PYTHON.format(gpus=1), "torch sees 1 GPUs, at least 2 are needed"),
+        (PYTHON.format(gpus=1), "expected at least 2 GPUs, torch sees 1"),
     ],
 )
 def test_a_machine_that_cannot_run_it_is_told(python: str, error: str, tmp_path: Path) -> None:

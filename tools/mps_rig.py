@@ -148,7 +148,8 @@ def mps() -> Iterator[None]:
             return
         if not Path(MPS).exists():
             raise SystemExit(
-                f"mps_rig: expected nvidia-cuda-mps-control on the PATH or as {MPS}, found neither: no driver?"
+                f"mps_rig: expected nvidia-cuda-mps-control on the PATH or as {MPS}, found neither: a machine "
+                "with a GPU is needed, and NVIDIA's driver (nvidia-smi tells)"
             )
         try:
             # A session of its own: a signal to all of the rig's processes leaves it to be stopped in its turn.

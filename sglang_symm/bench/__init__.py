@@ -133,10 +133,13 @@ def check_output(path: str) -> None:
 
 
 def check_gpus(nproc: int) -> None:
-    """Raise ValueError when ranks that are started here would not have a GPU each."""
-    if not under_launcher() and torch.cuda.device_count() < nproc:
+    """Raise ValueError when there is no GPU, or ranks that are started here would not have one each."""
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        raise ValueError("--device cuda: expected a GPU, torch sees none (nvidia-smi tells why)")
+    if not under_launcher() and gpus < nproc:
         raise ValueError(
-            f"{nproc} ranks need {nproc} GPUs, torch sees {torch.cuda.device_count()}. Ranks that share one: "
+            f"{nproc} ranks need {nproc} GPUs, torch sees {gpus}. Ranks that share one: "
             f"python tools/mps_rig.py --ranks {nproc} -- -m sglang_symm ..."
         )
 

@@ -64,6 +64,17 @@ def survivor(mode: str, rank: int, path: str) -> None:
     os._exit(0)
 
 
+def require_two_gpus(program: str) -> None:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        raise SystemExit(
+            f"{program}: expected two GPUs, torch sees {gpus}: a rank that is killed on a GPU which ranks share takes "
+            "the others along"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modes", nargs="*", metavar="mode", help=f"of {', '.join(map(repr, MODES))} (default: all)")
@@ -73,6 +84,7 @@ def main() -> int:
         parser.error(f"expected modes of {', '.join(map(repr, MODES))}, got {', '.join(map(repr, sorted(unknown)))}")
     if args.rank:
         survivor(args.modes[0], int(args.rank[0]), args.rank[1])
+    require_two_gpus("kill_a_peer")
     status = 0
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))

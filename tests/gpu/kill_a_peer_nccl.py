@@ -12,6 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from kill_a_peer import require_two_gpus
 
 
 def rank_program(rank: int, path: str) -> None:
@@ -53,6 +58,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.rank:
         rank_program(int(args.rank[0]), args.rank[1])
+    require_two_gpus("kill_a_peer_nccl")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--rank"]
         ranks = [subprocess.Popen([*command, str(r), f"{folder}/store"], stdout=subprocess.PIPE) for r in (0, 1)]

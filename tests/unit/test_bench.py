@@ -134,7 +134,6 @@ def test_csv_names_as_many_columns_as_it_has(tmp_path: Path) -> None:
         (["--device", "cuda", "--peers", "gloo"], "nccl, nccl_window, torch_one_shot, torch_two_shot"),
         (["--peers", "nccl"], "gloo, deepspeed"),
         (["--device", "cuda", "--mode", "graphs"], "graph, eager"),
-        (["--device", "cuda", "-n", "16"], "mps_rig"),
         (["-b", "4K", "-e", "2K"], "-b"),
         (["--seconds", "inf"], "--seconds > 0"),
         (["--algo", "nccl"], "needs --device cuda"),
@@ -146,6 +145,16 @@ def test_wrong_arguments_end_with_2_and_a_sentence(
     words: list[str], shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(["bench", *words]) == 2
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpus", "shown"), [(0, "torch sees none"), (1, "mps_rig")])
+@pytest.mark.parametrize("program", ["bench", "tune"])
+def test_fewer_gpus_than_ranks_end_with_2_and_a_sentence(
+    program: str, gpus: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert command([program, "--device", "cuda", "-n", "2"]) == 2
     assert shown in capsys.readouterr().err
 
 
