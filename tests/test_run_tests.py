@@ -136,13 +136,16 @@ def test_parts_side_by_side_never_share_a_gpu(
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(mine))
 
 
+KILLS = ("kill2", "killnccl2")
+
+
 @pytest.mark.parametrize(
     ("gpus", "names"),
     [
         (1, {"rig2", "rig3", "rig4", "rig6", "rig8"}),
-        (2, {"gpus2", "over2", "rig3", "rig4", "rig6", "rig8"}),
-        (4, {"gpus4", "over4", "gpus3", "gpus2", "over2", "rig6", "rig8"}),
-        (8, {"gpus8", "over8", "gpus6", "gpus4", "gpus3", "gpus2", "over2"}),
+        (2, {"gpus2", "over2", "rig3", "rig4", "rig6", "rig8", *KILLS}),
+        (4, {"gpus4", "over4", "gpus3", "gpus2", "over2", "rig6", "rig8", *KILLS}),
+        (8, {"gpus8", "over8", "gpus6", "gpus4", "gpus3", "gpus2", "over2", *KILLS}),
     ],
 )
 def test_the_parts_of_a_machine_with_gpus(

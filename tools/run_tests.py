@@ -211,6 +211,9 @@ def gpu_parts() -> list[Part]:
             if ranks in (2, gpus):
                 parts.append(over_gpus(f"over{ranks}", ranks, "tests/distributed"))
                 parts[-1].env = {"SGLANG_SYMM_TEST_DEVICE": "cuda"}
+    if gpus > 1:
+        for name, file in {"kill2": "kill_a_peer.py", "killnccl2": "kill_a_peer_nccl.py"}.items():
+            parts.append(Part(name, [sys.executable, f"tests/gpu/{file}"], ranks=2, gpus=2, program=True))
     # The largest first: the small ones fill what is left.
     return sorted(parts, key=lambda part: -part.gpus) + long_parts(gpus)
 
