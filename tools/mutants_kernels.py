@@ -41,6 +41,7 @@ WINDOWS = "CollectivesCuda.AWindow*"
 FUSED_IN_A_ROW = "FusedCuda.AReplayIs*:FusedCuda.WhatThe*"
 FUSED_DECODE = FUSED_IN_A_ROW + ":FusedCuda.Decode*"
 FUSED_PREFILL = FUSED_IN_A_ROW + ":FusedCuda.Prefill*"
+LAST_TILES = "FusedCuda.PrefillTwoShotWithTheLastVisit*"
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ MUTANTS = [
     KernelMutant(
         "prefill, one-shot: slots are not re-armed",
         "fused/prefill_epilogue_sm90.cuh",
-        "if (comes(c + b)) store_slot(slot(s.call.rank, r, c + b), all_bits_set());",
+        "if (comes(c + b)) store_slot(from + end.within(c + b), all_bits_set());",
         "(void)0;",
         FUSED_PREFILL,
         (PREFILL,),
@@ -402,7 +403,7 @@ MUTANTS = [
         "fused/prefill_epilogue_sm90.cuh",
         "a.slot_bytes + a.pushed + tile",
         "a.slot_bytes + tile",
-        "FusedCuda.PrefillTwoShotWithTheLastVisit*",
+        LAST_TILES,
         (PREFILL,),
         seeds=40,
     ),
@@ -415,11 +416,63 @@ MUTANTS = [
         (PREFILL,),
     ),
     KernelMutant(
-        "prefill, last tiles: the mover waits for them to be handed over",
-        MOVER,
-        "      if (T::kTwoRanks && at.owner == kEveryRank) break;  // the last: nothing to carry\n",
+        "prefill, last tiles: the halves' stages are filled while a whole tile's are read",
+        "fused/prefill_tile_sm90.cuh",
+        "        barrier_wait(&ring.empty[before.stage], before.parity);\n        before.next(ring.stages);\n",
         "",
-        FUSED_PREFILL,
+        LAST_TILES,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill, last tiles: the first ring's stages are thought to be read in the order of memory",
+        "fused/prefill_tile_sm90.cuh",
+        "const bool in_order = before.stage == 0;",
+        "const bool in_order = true;",
+        LAST_TILES,
+        (PREFILL,),
+        seeds=20,
+    ),
+    KernelMutant(
+        "prefill, last tiles: a half goes to staging while the tile before is sent from there",
+        MOVER,
+        "    wait_raised(&h->freed, visit);\n    stamp(Stamp::may_store, visit + half);\n",
+        "",
+        LAST_TILES,
+        (PREFILL,),
+        seeds=20,
+    ),
+    KernelMutant(
+        "prefill, last tiles: a half is sent before it is in staging",
+        MOVER,
+        "    await_math(visit + 1 + half);\n",
+        "",
+        LAST_TILES,
+        (PREFILL,),
+    ),
+    KernelMutant(
+        "prefill, last tiles: a half is told before all lanes have stored it",
+        MOVER,
+        "    __syncwarp();\n    if (lane == 0) raise(&h->pushed[warp], visit + 1 + half);",
+        "    if (lane == 0) raise(&h->pushed[warp], visit + 1 + half);",
+        LAST_TILES,
+        (PREFILL,),
+        seeds=20,
+    ),
+    KernelMutant(
+        "prefill, last tiles: rows outside of y are sent, and their slots not re-armed",
+        "fused/prefill_epilogue_sm90.cuh",
+        "return Whole || end.token(at, c) < end.a.m;",
+        "return end.token(at, c) < end.a.m;",
+        LAST_TILES,
+        (PREFILL,),
+        seeds=20,
+    ),
+    KernelMutant(
+        "prefill, last tiles: both CTAs of a cluster fetch the weight's even steps",
+        "fused/prefill_tile_sm90.cuh",
+        "if (i % T::kCluster == schedule.cta) {",
+        "if (i % T::kCluster == 0) {",
+        LAST_TILES,
         (PREFILL,),
     ),
     KernelMutant(

@@ -45,6 +45,7 @@ struct PrefillConfig {
   int last;              // of them, at the end, that every rank sums: all (one_shot), the last wave's, or none
   int share;             // of the others, that a rank owns: tile t is of rank t / share, who sums it and sends the sums
   int ctas;
+  int late_steps;  // of k, at the end of the last wave's tiles: half of the rows first, then the others; 0 if one_shot
   bool one_shot;
   friend bool operator==(const PrefillConfig&, const PrefillConfig&) = default;
 };

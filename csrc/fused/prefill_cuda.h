@@ -18,7 +18,8 @@ struct PrefillCuda {
   const void* bias;     // [n], 4-byte aligned, or nullptr
   const void* partial;  // this rank's product [m, n], where the copy engine does not take its operands; else nullptr
   int m, n;
-  int k_steps;  // stages of 64 columns
+  int k_steps;     // stages of 64 columns
+  int late_steps;  // of them, at the end of a tile that every rank sums (not one_shot), by halves of the rows
   int stages;
   int tiles_m, tiles_n;  // of a cluster: 256 tokens x tile_n rows of the weight
   int last;              // of them, at the end, that every rank sums for itself: all (one_shot), some or none

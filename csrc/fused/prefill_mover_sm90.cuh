@@ -8,7 +8,9 @@ namespace sglang_symm::device {
 // ---- two-shot: what math warps and the mover tell each other ----
 
 struct Handover {
-  uint32_t pushed[8];         // by math warp w: how many visits it has done
+  // By math warp w: how many visits it has done; in one of a tile that every rank sums 1 more for each half in staging,
+  // and 1 for the sums.
+  uint32_t pushed[8];
   uint32_t freed;             // by the mover
   uint32_t step;              // by the producer
   uint32_t abandoned;         // by the mover: what math warps wait for in the last visit will not come
@@ -80,7 +82,8 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
 #pragma unroll
       for (int b = 0; b < kBatch; b++) v[b] = load_shared(fragment(c + b));
     };
-    end.sum_of_two(at, rounded, load, [&](int c, uint4 v) {
+    const auto mine = [&](int c) { return rounded[c]; };
+    end.template sum_of_two<kBatch, true>(at, mine, load, [&](int c, uint4 v) {
       sums[c] = v;
       nan = larger_or_nan<Type>(nan, larger_or_nan<Type>(larger_or_nan<Type>(v.x, v.y), larger_or_nan<Type>(v.z, v.w)));
     });
@@ -116,20 +119,72 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
   stamp(Stamp::stored, visit);
 }
 
-// A math warp: its part of a tile that every rank sums. The mover keeps the time: a wait with a call in it takes more
-// registers than math warps with 128 accumulators have.
+// A CTA's half of a tile that every rank sums, in staging: math warp w's part behind that of w - 1, the first half
+// before the second.
+template <class T>
+__device__ __forceinline__ uint32_t half_in(uint32_t staging, int half) {
+  return staging + half * HalfTile<T>::kBytes;
+}
+template <class T>
+__device__ __forceinline__ PrefillExchange<HalfTile<T>, true> exchange_of(const PrefillEpilogue<HalfTile<T>>& end,
+                                                                          const PrefillPlace& at, int half, int cta) {
+  const PrefillCuda& a = end.a;
+  const int first = a.tiles_m * a.tiles_n - a.last;
+  return {end, at, 2 * (at.index - first) + half, 2 * a.last, cta};
+}
+
+// A math warp: its part of a tile that every rank sums. The last steps of k are those of half of the columns, then
+// those of the others, so that the first half's way to the other rank hides under the MMAs of the second. The mover
+// carries both, and keeps the time: a wait with a call in it takes more registers than math warps with accumulators
+// have.
 template <class T>
 __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Session& s, const PrefillPlace& at, int cta,
-                                              int visit, int warp, int lane, bool fine, Handover* h,
-                                              const float (&d)[T::kTileN / 2]) {
+                                              int visit, int warp, int lane, bool fine, const Ring& ring,
+                                              const Ring& half_ring, Position* stage, uint32_t staging, Handover* h) {
+  using Half = HalfTile<T>;
+  using Rounded = typename PrefillEpilogue<Half>::Rounded;
+  const PrefillEpilogue<Half> end{a, s, warp, lane};
+  const auto fragment = [&](int half, int c) {
+    return half_in<T>(staging, half) + static_cast<uint32_t>(end.within(c));
+  };
+  constexpr int kAll = T::kTileN / 2, kHalf = Half::kTileN / 2;
+  float all[kAll], d[2][kHalf];
+#pragma unroll
+  for (int i = 0; i < kAll; i++) all[i] = 0.0f;
+  stamp(Stamp::begins, visit);
+  multiply<T>(ring, a.k_steps - a.late_steps, visit, warp / 4, lane, stage, all);
+  // The compiler finds no registers for MMAs of different widths that add to the same ones.
+#pragma unroll
+  for (int i = 0; i < kAll; i++) d[i / kHalf][i % kHalf] = moved(all[i]);
+  Position half_stage;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    multiply<Half>(half_ring, a.late_steps, visit + half, warp / 4, lane, &half_stage, d[half]);
+    Rounded own;
+    end.round(at.half(half, Half::kTileN), d[half], own);
+    wait_raised(&h->freed, visit);
+    stamp(Stamp::may_store, visit + half);
+#pragma unroll
+    for (int c = 0; c < Half::kChunks; c++) store_shared(fragment(half, c), own[c]);
+    fence_for_copies();
+    __syncwarp();
+    if (lane == 0) raise(&h->pushed[warp], visit + 1 + half);
+    stamp(Stamp::stored, visit + half);
+  }
   const auto wait = [&](const auto& ready, uint32_t) {
     while (!ready()) {
       if (__any_sync(kAllLanes, raised(&h->abandoned) != 0)) return ready();
     }
     return true;
   };
-  fine = reduce_one_shot<T>(a, s, at, cta, visit, warp, lane, fine, wait, d);
-  if (lane == 0) raise(&h->pushed[warp], visit + 1);
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
+    const auto own = [&](int c) { return load_shared(fragment(half, c)); };
+    const PrefillPlace place = at.half(half, Half::kTileN);
+    fine = exchange_of<T>(end, place, half, cta).template sum<8, false>(own, fine, wait);
+    stamp(Stamp::summed, visit + half);
+  }
+  if (lane == 0) raise(&h->pushed[warp], visit + 3);
   return fine;
 }
 
@@ -149,10 +204,13 @@ struct PrefillMover {
     const int visits = schedule.visits();
     if (lane < s.call.world_size) h->y[lane] = offset_out(s.own()->header[s.parity()][lane]);
     __syncwarp();
+    // The last tile may be every rank's. It goes by halves, the second one behind the closing barrier.
+    const PrefillPlace last = schedule.place(visits - 1);
+    const bool has_halves = T::kHasHalves && last.owner == kEveryRank;
+    const int carried = visits - (has_halves ? 1 : 0);
 #pragma unroll 1
-    for (int visit = 0; visit < visits; visit++) {
+    for (int visit = 0; visit < carried; visit++) {
       const PrefillPlace at = schedule.place(visit);
-      if (T::kTwoRanks && at.owner == kEveryRank) break;  // the last: nothing to carry
       const bool own = at.owner == s.call.rank;
       if (own) {
         stamp(Stamp::partial_awaited, visit);
@@ -161,15 +219,12 @@ struct PrefillMover {
         if (lane == 0) announce_partials(at, fine);
         __syncwarp();
       }
-      if (lane < T::kMathWarps) {
-        while (raised(&h->pushed[lane]) < static_cast<uint32_t>(visit + 1)) __nanosleep(32);
-      }
-      __syncwarp();
+      await_math(visit + 1);
       stamp(Stamp::taken, visit);
       if (fine) {
 #pragma unroll 1
         for (int piece = 0; piece < kPieces; piece++) {
-          if (visit + 1 < visits) keep_pace(visit + 1, piece);
+          if (visit + 1 < visits) keep_pace(2 * a.k_steps * (visit + 1), piece, has_halves && visit + 1 == carried);
           if (own) {
             send_rows(at, piece);
           } else if (lane == 0) {
@@ -195,21 +250,64 @@ struct PrefillMover {
       }
       __syncwarp();
     }
+    if (T::kHasHalves && has_halves) {
+      carry_half(last, visits - 1, 0, fine);
+    } else {
+      let_next_kernel_in();
+    }
     copies_arrived();
     __syncwarp();
     fine = fine && close();
-    if constexpr (T::kTwoRanks) fine = attend(visits, fine);
+    if constexpr (T::kHasHalves) {
+      if (has_halves) {
+        carry_half(last, visits - 1, 1, fine);
+        fine = attend(visits + 2, fine);
+        copies_arrived();
+      }
+    }
     return fine;
   }
 
  private:
-  // Copies that the link cannot take at once stand in the way of the producer's: 64 KB from all SMs together stopped
-  // the MMAs for 19 us a tile. So they go piece by piece while three quarters of the next tile are fetched.
-  static constexpr int kPieces = 16;
-  __device__ __forceinline__ void keep_pace(int next, int piece) const {
-    const uint32_t least = next * a.k_steps + piece * a.k_steps * 3 / (4 * kPieces);
-    while (*const_cast<volatile uint32_t*>(&h->step) < least) __nanosleep(64);
+  __device__ __forceinline__ void await_math(int least) const {
+    if (lane < T::kMathWarps) {
+      while (raised(&h->pushed[lane]) < static_cast<uint32_t>(least)) __nanosleep(32);
+    }
     __syncwarp();
+  }
+
+  // Copies that the link cannot take at once stand in the way of the producer's: 64 KB from all SMs together stopped
+  // the MMAs for 19 us a tile. So they go piece by piece while the next tile is fetched: in three quarters of it, or
+  // before a half of that tile is to be carried too.
+  static constexpr int kPieces = 16;
+  __device__ __forceinline__ void keep_pace(int base, int piece, bool halves_follow) const {
+    const int within = min(a.k_steps * 3 / 2, 2 * a.k_steps - (halves_follow ? a.late_steps : 0));
+    await_step(base + piece * within / kPieces);
+  }
+  __device__ __forceinline__ void await_step(int least) const {
+    while (*const_cast<volatile uint32_t*>(&h->step) < static_cast<uint32_t>(least)) __nanosleep(64);
+    __syncwarp();
+  }
+
+  // Half of a tile that every rank sums, to its slot on the other rank, where data are told by not being the sentinel:
+  // so all of it goes there, whatever m is. The next kernel's CTAs may come when no MMA is left that they could delay.
+  __device__ __forceinline__ void carry_half(const PrefillPlace& at, int visit, int half, bool fine) const {
+    using Half = HalfTile<T>;
+    await_math(visit + 1 + half);
+    stamp(Stamp::taken, visit + half);
+    if (half == 1) let_next_kernel_in();
+    if (!fine) return;
+    const PrefillEpilogue<Half> end{a, s, 0, lane};
+    std::byte* const to = exchange_of<T>(end, at, half, schedule.cta).slot(1 - s.call.rank, s.call.rank);
+    const int base = 2 * a.k_steps * (visit + 1) - a.late_steps;
+#pragma unroll 1
+    for (int warp = 0; warp < T::kMathWarps; warp++) {
+      if (half == 0) await_step(base + warp * (a.late_steps * 15 / 16) / T::kMathWarps);
+      const int begin = warp * Half::kWarpBytes;
+      if (lane == 0) copy_out(to + begin, half_in<T>(staging, half) + begin, Half::kWarpBytes);
+      copies_commit();
+    }
+    stamp(Stamp::sent, visit + half);
   }
 
   // Between two ranks the only partial is fetched into staging, which is free by then: math warps then wait no more
@@ -241,12 +339,12 @@ struct PrefillMover {
     return came;
   }
 
-  // Until the math warps have done all visits; `fine` is whether they may wait for the other rank in the last one.
-  __device__ __forceinline__ bool attend(int visits, bool fine) const {
+  // Until the math warps have `done` this much; `fine` is whether they may wait for the other rank.
+  __device__ __forceinline__ bool attend(int done, bool fine) const {
     const uint32_t missing = 1u << (1 - s.call.rank);
     const auto ready = [&] {
-      const bool done = lane >= T::kMathWarps || raised(&h->pushed[lane]) >= static_cast<uint32_t>(visits);
-      if (__all_sync(kAllLanes, done)) return true;
+      const bool is_done = lane >= T::kMathWarps || raised(&h->pushed[lane]) >= static_cast<uint32_t>(done);
+      if (__all_sync(kAllLanes, is_done)) return true;
       __nanosleep(64);
       return false;
     };

@@ -1,6 +1,7 @@
 // The instances of the prefill kernel, one for each tile width and dtype, and their launch.
 #include "fused/prefill_sm90.cuh"
 
+#include <algorithm>
 #include <iterator>
 
 namespace sglang_symm {
@@ -18,6 +19,15 @@ Kernel find_kernel(const PrefillConfig& c) {
   return nullptr;
 }
 
+// The halves' stages are filled while the last of the whole tile's are read when those begin with the first one.
+int late_steps(const PrefillConfig& config, int k_steps) {
+  const int clusters = config.ctas / kPrefillCluster, tiles = config.tiles_m * config.tiles_n;
+  const int64_t steps = int64_t{(tiles + clusters - 1) / clusters} * k_steps;
+  int late = std::min(k_steps, config.late_steps);
+  while (late < k_steps && (steps - late) % config.stages != 0) late++;
+  return late;
+}
+
 }  // namespace
 
 void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
@@ -26,10 +36,12 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   const Kernel kernel =
       dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config) : find_kernel<device::Float16>(config);
   const bool has_sum = is_for_two_ranks(config.one_shot, config.tile_n) == (args.call.world_size == 2);
-  if (kernel == nullptr || !has_sum || config.stages > device::kMaxPrefillStages) {
+  const int most = config.tile_n > 128 ? device::kMaxHalvedStages : device::kMaxPrefillStages;
+  if (kernel == nullptr || !has_sum || config.stages > most) {
     fail(ErrorKind::system, "no prefill kernel between ", args.call.world_size, " ranks for ", to_string(config));
   }
   args.k_steps = args.partial == nullptr ? static_cast<int>((weight.columns + kBoxColumns - 1) / kBoxColumns) : 0;
+  args.late_steps = late_steps(config, args.k_steps);
   args.stages = config.stages;
   args.tiles_m = config.tiles_m;
   args.tiles_n = config.tiles_n;
@@ -39,9 +51,6 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   const size_t shared = shared_bytes(config);
   allow_shared(kernel, shared);
   cudaLaunchAttribute attributes[] = {programmatic_launch(), cluster_launch(kPrefillCluster)};
-  // Two-shot: the clusters that idle in the last wave would be taken by the next kernel's, and its own then start in
-  // whatever order SMs become free: 2 us more at 2048 tokens.
-  if (!config.one_shot) attributes[0].val.programmaticStreamSerializationAllowed = 0;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(device::PrefillTile<device::BFloat16, 128, true>::kThreads);

@@ -9,10 +9,10 @@
 // it is summed, and both halves of the traffic hide under the MMAs; what is left is the way of the last tiles' sums.
 //
 // A cluster of two CTAs takes 256 tokens x kTileN rows of the weight, each CTA 128 of the tokens; each fetches half of
-// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover (and two warps that only
-// keep the warpgroup whole).
+// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover.
 //
-//   stage s    full[s]: its bytes have landed, of both CTAs' copies     empty[s]: 16 math warps of both have read it
+//   stage s    full[s]: its bytes have landed, of both CTAs' copies     empty[s]: 16 math warps of both have read it;
+//              halves have a ring of their own over the same memory, with smaller stages
 //   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out
 //   arrived    a barrier, a phase a tile of the own: its partials are here (between two ranks: in staging)
 //   abandoned  the mover keeps the time of the math warps' waits in the last visit one-shot, see below
@@ -25,6 +25,13 @@
 // ranks does the same with the tiles of its last wave, which nothing follows either: they are nobody's, both ranks
 // visit them last and in the same order. The closing barrier is for the others, and has long been met then. Two waves
 // have no such tiles: own ones would be visited together with the other rank's.
+//
+// Of the last wave, only half is left to travel when the MMAs end: the last steps of k are those of half of the
+// columns of y, and then those of the other half (their tokens are fetched twice, hence no more steps than the way
+// takes).
+//
+//   math      | MMA, all columns            | MMA, half 0 | MMA, half 1 |        | sum 0 | sum 1 |
+//   mover     | the own tile before -> all                | half 0 ->   | half 1 ->      |
 #pragma once
 
 #include "fused/prefill_mover_sm90.cuh"
@@ -63,16 +70,18 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   __shared__ Handover handover;
   const uint32_t base = (shared_address(memory) + 1023) & ~1023u;
   const Ring ring{base, full, empty, a.stages};
+  const int halves = half_stages<T>(a.stages);
+  const Ring half_ring{base, full + a.stages, empty + a.stages, halves};
   const uint32_t staging = base + a.stages * T::kStageBytes;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x & (kWarp - 1);
   const PrefillSchedule<T> schedule{a, static_cast<int>(cluster_rank())};
-  const PrefillProducer<T> producer{a, &weight_map, &token_map, ring, schedule, &handover.step};
+  const PrefillProducer<T> producer{a, &weight_map, &token_map, ring, half_ring, schedule, &handover.step};
   const bool produces = warp == T::kProducer && lane == 0;
 
   if (produces) {
     prefetch_map(&weight_map);
     prefetch_map(&token_map);
-    for (int stage = 0; stage < a.stages; stage++) {
+    for (int stage = 0; stage < a.stages + halves; stage++) {
       barrier_init(&full[stage], 1);
       barrier_init(&empty[stage], T::kCluster * T::kMathWarps);
     }
@@ -82,9 +91,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x < T::kMathWarps) handover.pushed[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     handover.freed = handover.abandoned = 0;
-    handover.step = min(a.stages, a.k_steps);
+    handover.step = 2 * producer.ahead();
   }
-  let_next_kernel_in();
+  if (T::kOneShot) let_next_kernel_in();
   cluster_sync();  // the other CTA's barriers count what is fetched for it
   if (produces) {
     if (a.static_weight) producer.fill_weights();
@@ -112,13 +121,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll 1
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace place = schedule.place(visit);
+      if constexpr (T::kHasHalves) {
+        if (place.owner == kEveryRank) {
+          fine = exchange_last<T>(a, s, place, schedule.cta, visit, warp, lane, fine, ring, half_ring, &at, staging,
+                                  &handover);
+          break;
+        }
+      }
       float d[T::kTileN / 2];
       multiply_tile<T>(a, ring, visit, warp / 4, lane, &at, d);
       if constexpr (T::kOneShot) {
-        const auto wait = [&](const auto& ready, const uint32_t& missing) { return wait_together(s, ready, missing); };
-        fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, wait, d);
-      } else if (T::kTwoRanks && place.owner == kEveryRank) {
-        fine = exchange_last<T>(a, s, place, schedule.cta, visit, warp, lane, fine, &handover, d);
+        fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, d);
       } else {
         hand_over<T>(a, s, place, schedule.cta, visit, own, warp, lane, staging, &handover, d);
         own += place.owner == s.call.rank ? 1 : 0;

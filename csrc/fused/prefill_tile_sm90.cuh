@@ -8,6 +8,7 @@
 namespace sglang_symm::device {
 
 constexpr int kMaxPrefillStages = 8;
+constexpr int kMaxHalvedStages = 3;  // and those of halves, half as many more
 
 template <class T, int TileN_, bool OneShot>
 struct PrefillTile {
@@ -16,7 +17,7 @@ struct PrefillTile {
   static constexpr bool kTwoRanks = is_for_two_ranks(OneShot, TileN_);
   static constexpr int kCluster = kPrefillCluster;
   static constexpr int kTileM = kPrefillTokens / kCluster, kTileN = TileN_;  // of a CTA
-  static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kThreads = 12 * kWarp;
+  static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kThreads = 10 * kWarp;
   static constexpr int kRowBytes = kBoxColumns * 2;
   static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
@@ -26,7 +27,17 @@ struct PrefillTile {
   static constexpr int kPitch = sums_pitch(OneShot, TileN_), kStagingWarp = 16 * kPitch;
   static constexpr int kChunkBytes = 512;                   // 16 a lane: 8 rows x 32 columns
   static constexpr int kChunks = kWarpBytes / kChunkBytes;  // chunk c: rows lane / 4 + 8 (c % 2), columns 32 (c / 2)..
+  // Two-shot between two ranks: the last wave's tiles end by halves of their columns.
+  static constexpr bool kHasHalves = kTwoRanks && !kOneShot;
 };
+
+template <class T>
+using HalfTile = PrefillTile<typename T::Type, T::kTileN / 2, true>;
+// They have smaller stages, over the same memory.
+template <class T>
+__host__ __device__ constexpr int half_stages(int stages) {
+  return T::kHasHalves ? stages * T::kStageBytes / HalfTile<T>::kStageBytes : 0;
+}
 
 // A cluster's tile, and this CTA's part of it.
 constexpr int kEveryRank = -1;
@@ -34,6 +45,11 @@ struct PrefillPlace {
   int index;          // of the tile
   int owner;          // who sums it: a rank, or every rank for itself
   int token, column;  // where this CTA's part begins
+
+  // Of two that are `columns` wide.
+  __device__ __forceinline__ PrefillPlace half(int which, int columns) const {
+    return {index, owner, token, column + which * columns};
+  }
 };
 
 // Which tiles a CTA visits: those of rank + 1 first, its own rank's last, and behind them those that every rank sums,
@@ -79,8 +95,9 @@ struct PrefillProducer {
   const CUtensorMap* weight_map;
   const CUtensorMap* token_map;
   const Ring& ring;
+  const Ring& half_ring;
   const PrefillSchedule<T>& schedule;
-  volatile uint32_t* step;  // how many stages have been asked for
+  volatile uint32_t* step;  // how many have been asked for: a stage counts two, a half's one
 
   // How long L2 keeps them.
   __device__ __forceinline__ uint64_t of_weights() const { return a.tiles_m > 1 ? kEvictNormal : kEvictFirst; }
@@ -96,7 +113,12 @@ struct PrefillProducer {
     const uint32_t to = ring.memory + stage * T::kStageBytes;
     load_box(to, token_map, k * kBoxColumns, at.token, &ring.full[stage], of_tokens());
   }
-  __device__ __forceinline__ int ahead() const { return min(ring.stages, a.k_steps); }  // of the first tile
+  // Stages of a tile's first steps, that are for all of its columns.
+  __device__ __forceinline__ int whole(const PrefillPlace& at) const {
+    return a.k_steps - (T::kHasHalves && at.owner == kEveryRank ? a.late_steps : 0);
+  }
+  // Of the first tile: what is asked for before stages are given back.
+  __device__ __forceinline__ int ahead() const { return min(ring.stages, whole(schedule.place(0))); }
   __device__ __forceinline__ void fill_weights() const {
     const PrefillPlace at = schedule.place(0);
     for (int k = 0; k < ahead(); k++) weight(k, k, at);
@@ -110,38 +132,70 @@ struct PrefillProducer {
     p.parity = 1;  // a stage that was never used is empty
     for (int i = 0; i < ahead(); i++) p.next(ring.stages);
     int k = ahead();
-    uint32_t steps = k;
+    uint32_t steps = 2 * k;
     const int visits = schedule.visits();
     for (int visit = 0; visit < visits; visit++, k = 0) {
       const PrefillPlace at = schedule.place(visit);
 #pragma unroll 1
-      for (; k < a.k_steps; k++) {
+      for (const int whole_steps = whole(at); k < whole_steps; k++) {
         barrier_wait(&ring.empty[p.stage], p.parity);
         weight(p.stage, k, at);
         tokens(p.stage, k, at);
         p.next(ring.stages);
-        *step = ++steps;
+        *step = steps += 2;
       }
+      if (T::kHasHalves && at.owner == kEveryRank) stream_halves(at, p, steps);
+    }
+  }
+
+ private:
+  // The last steps of k, of half of the columns and then of the others. CTAs fetch the weight of both in turn: the
+  // tensor map's box has as many rows as half of a tile.
+  __device__ __forceinline__ void stream_halves(const PrefillPlace& at, Position before, uint32_t steps) const {
+    using Half = HalfTile<T>;
+    static_assert(Half::kTileN == T::kTileN / T::kCluster);
+    constexpr uint16_t kBoth = 3;
+    const bool in_order = before.stage == 0;
+    int read = 0;  // stages of the first ring whose memory is free
+    Position p;
+    p.parity = 1;
+#pragma unroll 1
+    for (int i = 0; i < 2 * a.late_steps; i++) {
+      const int over = (i + 1) * Half::kStageBytes;
+      const int needed = in_order ? min(ring.stages, (over + T::kStageBytes - 1) / T::kStageBytes) : ring.stages;
+      for (; read < needed; read++) {
+        barrier_wait(&ring.empty[before.stage], before.parity);
+        before.next(ring.stages);
+      }
+      uint64_t* const full = &half_ring.full[p.stage];
+      barrier_wait(&half_ring.empty[p.stage], p.parity);
+      barrier_expect(full, Half::kStageBytes);
+      const int half = i >= a.late_steps ? 1 : 0, k = a.k_steps - (half + 1) * a.late_steps + i;
+      const PrefillPlace place = at.half(half, Half::kTileN);
+      const uint32_t to = half_ring.memory + p.stage * Half::kStageBytes;
+      if (i % T::kCluster == schedule.cta) {
+        load_box_to_all(to + Half::kTokenBytes, weight_map, k * kBoxColumns, place.column, full, kBoth, of_weights());
+      }
+      load_box(to, token_map, k * kBoxColumns, place.token, full, of_tokens());
+      p.next(half_ring.stages);
+      *step = ++steps;
     }
   }
 };
 
 // ---- math ----
 
-// d = 64 tokens of this warpgroup x kTileN rows of the weight, all of k.
+// d += 64 tokens of this warpgroup x kTileN rows of the weight, `steps` stages of k.
 template <class T>
-__device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& ring, int visit, int group, int lane,
-                                              Position* at, float (&d)[T::kTileN / 2]) {
+__device__ __forceinline__ void multiply(const Ring& ring, int steps, int visit, int group, int lane, Position* at,
+                                         float (&d)[T::kTileN / 2]) {
   constexpr int kMmaBytes = 32, kMmas = T::kRowBytes / kMmaBytes, kGroupBytes = 64 * T::kRowBytes;
-#pragma unroll
-  for (int i = 0; i < T::kTileN / 2; i++) d[i] = 0.0f;
   int before = -1;  // the stage whose MMAs may still run
   const auto release = [&](int stage) {
     if (lane < T::kCluster) barrier_arrive_at(&ring.empty[stage], lane);
   };
-  stamp(Stamp::begins, visit);
 #pragma unroll 1
-  for (int k = 0; k < a.k_steps; k++) {
+  for (int k = 0; k < steps; k++) {
     barrier_wait(&ring.full[at->stage], at->parity);
     if (k == 0) stamp(Stamp::filled, visit);
     const uint32_t tokens = ring.memory + at->stage * T::kStageBytes + group * kGroupBytes;
@@ -160,6 +214,16 @@ __device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& 
   wgmma_wait_all();
   stamp(Stamp::multiplied, visit);
   if (before >= 0) release(before);
+}
+
+// d = all of k.
+template <class T>
+__device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& ring, int visit, int group, int lane,
+                                              Position* at, float (&d)[T::kTileN / 2]) {
+#pragma unroll
+  for (int i = 0; i < T::kTileN / 2; i++) d[i] = 0.0f;
+  stamp(Stamp::begins, visit);
+  multiply<T>(ring, a.k_steps, visit, group, lane, at, d);
 }
 
 }  // namespace sglang_symm::device

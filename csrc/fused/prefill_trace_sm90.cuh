@@ -17,9 +17,9 @@ enum class Stamp {
   filled,      // the first stage has come
   multiplied,  // the MMAs are done
   may_store,   // two-shot: staging has been freed, or the partial is there
-  stored,      // and this warp's part handed over
+  stored,      // and this warp's part handed over; each half of a tile that every rank sums
   pushed,      // one-shot: this warp's part is on its way to the others' slots
-  summed,      // and y is stored
+  summed,      // y is stored of what every rank sums
   // of a visit, the mover's
   partial_awaited,  // own tiles
   partial_came,

@@ -289,6 +289,13 @@ SGLANG_SYMM_WGMMA(Float16, "f16");
 #undef SGLANG_SYMM_WGMMA
 #undef SGLANG_SYMM_D8
 
+// In a register of its own, whatever the compiler would do.
+__device__ __forceinline__ float moved(float v) {
+  float to;
+  asm volatile("mov.b32 %0, %1;" : "=f"(to) : "f"(v));
+  return to;
+}
+
 // ---- fragments ----
 
 // Lane l holds element (l / 4, 2 * (l % 4)) and the next of an 8 x 8 matrix of 16-bit elements; afterwards of its

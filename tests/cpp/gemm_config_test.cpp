@@ -139,6 +139,7 @@ TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
         if (c->last > 0) {
           EXPECT_EQ((tiles - c->last) % clusters, 0) << "the last are a wave, or all";
         }
+        EXPECT_EQ(c->late_steps > 0, c->last > 0 && !c->one_shot);
         EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
         EXPECT_EQ(c->ctas % kPrefillCluster, 0);
         EXPECT_LE(c->ctas, 132) << "all of it must be resident";
@@ -160,6 +161,8 @@ TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
   EXPECT_EQ(staging_bytes(*c, 2048, 8192, 2), size_t{2048} * 8192 * 2) << "y is more than the partials";
   // 256 tokens less: 224 tiles, 26 of them in the last wave. One wave: nothing is anybody's.
   EXPECT_EQ(with_tokens(*c, 1792, 8192, 2).last, 26);
+  EXPECT_EQ(c->late_steps, 27) << "as long as half of 58 tiles is on its way";
+  EXPECT_EQ(with_tokens(*c, 1792, 8192, 2).late_steps, 12);
   EXPECT_EQ(with_tokens(*c, 1024, 8192, 2).last, 0);
   EXPECT_EQ(with_tokens(*c, 256, 8192, 2).last, 32);
   EXPECT_EQ(with_tokens(*c, 256, 8192, 2).share, 0);

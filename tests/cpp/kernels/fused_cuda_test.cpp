@@ -427,8 +427,9 @@ TEST(FusedCuda, PrefillTwoShotWithTheLastVisitOneShotGivesTheSameBits) {
                 tiles = clusters == 1 ? any({1, 3, 4}, random) : any({2, 5, 6, 7}, random);
       const int rows = tiles % 2 == 0 ? 2 : 1, m = (rows == 2 ? 256 : 0) + any({70, 150}, random);
       const int n = tile_rows(2, false) * tiles / rows - 8 * static_cast<int>(random() % 16);
-      const PrefillConfig config = prefill_config(2, m, n, clusters, false, any({2, 3}, random));
+      PrefillConfig config = prefill_config(2, m, n, clusters, false, any({2, 3}, random));
       ASSERT_EQ(config.last, tiles % clusters == 0 ? clusters : 1);
+      config.late_steps = any({0, 1, 2, 5, 100}, random);
       calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
     }
     gpus.run();

@@ -81,6 +81,9 @@ inline uint4 load_shared(uint32_t from) {
   std::memcpy(&v, emulator::shared_at(*emulator::self().cta, from, sizeof v), sizeof v);
   return v;
 }
+inline float moved(float v) {
+  return v;
+}
 inline void store_matrices(uint32_t to, uint4 v) {
   const unsigned lane = emulator::self().thread % emulator::kWarp;
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
