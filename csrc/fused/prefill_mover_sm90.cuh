@@ -11,6 +11,7 @@ struct Handover {
   // By math warp w: how many visits it has done; in one of a tile that every rank sums 1 more for each half in staging,
   // and 1 for the sums.
   uint32_t pushed[8];
+  uint32_t stored[2];         // by a storer: how many visits it has done
   uint32_t freed;             // by the mover
   uint32_t step;              // by the producer
   uint32_t abandoned;         // by the mover: what math warps wait for in the last visit will not come
@@ -18,8 +19,11 @@ struct Handover {
   uint64_t y[kMaxWorldSize];  // where the ranks' y lie in their arenas
 };
 
-__device__ __forceinline__ void wait_raised(const uint32_t* counter, uint32_t least) {
+__device__ __forceinline__ void wait_raised_alone(const uint32_t* counter, uint32_t least) {
   while (raised(counter) < least) __nanosleep(32);
+}
+__device__ __forceinline__ void wait_raised(const uint32_t* counter, uint32_t least) {
+  wait_raised_alone(counter, least);
   __syncwarp();
 }
 
@@ -37,20 +41,14 @@ __device__ __forceinline__ uint32_t* flag_of(const PrefillCuda& a, const Session
   return reinterpret_cast<uint32_t*>(s.call.window[at.owner] + a.slots + s.parity() * a.slot_bytes) + flag;
 }
 
-// A warp's 16 rows of sums, in staging: every NaN becomes the one that sums have, and they go to this rank's y. A
-// function of its own: inlined, it takes registers from the accumulators.
+// A warp's 16 rows of sums, in staging: every NaN becomes the one that sums have. A function of its own: inlined, it
+// takes registers from the accumulators.
 template <class T>
-__device__ __noinline__ void store_own_rows(const PrefillCuda& a, int token, int column, uint32_t rows, bool has_nan,
-                                            int lane) {
+__device__ __noinline__ void make_canonical(uint32_t rows, int lane) {
   static_assert(T::kTileN / 8 == kWarp);  // a row is 16 bytes a lane
-  const int n = column + 8 * lane;
-  auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(token) * a.n + n;
-#pragma unroll 4
   for (int row = 0; row < 16; row++) {
     const uint32_t word = rows + row * T::kPitch + lane * 16;
-    uint4 v = load_shared(word);
-    if (has_nan) store_shared(word, v = PrefillEpilogue<T>::canonical(v));
-    if (token + row < a.m && n < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n) = v;
+    store_shared(word, PrefillEpilogue<T>::canonical(load_shared(word)));
   }
 }
 
@@ -94,7 +92,7 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
     }
     const bool has_nan = __any_sync(kAllLanes, Type::has_nan(nan)) != 0;
     __syncwarp();
-    store_own_rows<T>(a, at.token + 16 * warp, at.column, part, has_nan, lane);
+    if (has_nan) make_canonical<T>(part, lane);
   } else {
     barrier_wait(&h->arrived, own & 1);
     stamp(Stamp::may_store, visit);
@@ -188,6 +186,35 @@ __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Sessio
   return fine;
 }
 
+// A storer, all lanes: the own tiles' sums of half of the math warps, from staging to this rank's y. The math warps'
+// tensor cores would idle meanwhile.
+template <class T>
+__device__ __forceinline__ void store_own_tiles(const PrefillCuda& a, const Session& s,
+                                                const PrefillSchedule<T>& schedule, int storer, int lane,
+                                                uint32_t staging, Handover* h) {
+  constexpr int kParts = T::kMathWarps / T::kStorers;
+  const int visits = schedule.visits();
+#pragma unroll 1
+  for (int visit = 0; visit < visits; visit++) {
+    const PrefillPlace at = schedule.place(visit);
+    if (at.owner != s.call.rank) continue;
+#pragma unroll 1
+    for (int warp = storer * kParts; warp < (storer + 1) * kParts; warp++) {
+      wait_raised(&h->pushed[warp], visit + 1);
+      const int token = at.token + 16 * warp, n = at.column + 8 * lane;
+      auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(token) * a.n + n;
+      const uint32_t rows = staging + warp * T::kStagingWarp + lane * 16;
+#pragma unroll
+      for (int row = 0; row < 16; row++) {
+        const uint4 v = load_shared(rows + row * T::kPitch);
+        if (token + row < a.m && n < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n) = v;
+      }
+    }
+    __syncwarp();
+    if (lane == 0) raise(&h->stored[storer], visit + 1);
+  }
+}
+
 // The mover, all lanes: carries staging to where it belongs, raises and awaits flags. It alone waits for peers, but
 // in the last wave.
 template <class T>
@@ -239,6 +266,7 @@ struct PrefillMover {
       }
       stamp(Stamp::sent, visit);
       copies_read();
+      if (own && lane < T::kStorers) wait_raised_alone(&h->stored[lane], visit + 1);
       __syncwarp();
       stamp(Stamp::freed, visit);
       if (lane == 0) raise(&h->freed, visit + 1);
@@ -270,9 +298,7 @@ struct PrefillMover {
 
  private:
   __device__ __forceinline__ void await_math(int least) const {
-    if (lane < T::kMathWarps) {
-      while (raised(&h->pushed[lane]) < static_cast<uint32_t>(least)) __nanosleep(32);
-    }
+    if (lane < T::kMathWarps) wait_raised_alone(&h->pushed[lane], least);
     __syncwarp();
   }
 

@@ -19,6 +19,12 @@ Kernel find_kernel(const PrefillConfig& c) {
   return nullptr;
 }
 
+int threads_of(const PrefillConfig& c) {
+  using namespace device;
+  if (c.one_shot) return PrefillTile<BFloat16, 128, true>::kThreads;
+  return c.tile_n == 128 ? PrefillTile<BFloat16, 128, false>::kThreads : PrefillTile<BFloat16, 256, false>::kThreads;
+}
+
 // The halves' stages are filled while the last of the whole tile's are read when those begin with the first one.
 int late_steps(const PrefillConfig& config, int k_steps) {
   const int clusters = config.ctas / kPrefillCluster, tiles = config.tiles_m * config.tiles_n;
@@ -53,7 +59,7 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   cudaLaunchAttribute attributes[] = {programmatic_launch(), cluster_launch(kPrefillCluster)};
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
-  launch.blockDim = dim3(device::PrefillTile<device::BFloat16, 128, true>::kThreads);
+  launch.blockDim = dim3(static_cast<unsigned>(threads_of(config)));
   launch.dynamicSmemBytes = shared;
   launch.stream = stream;
   launch.attrs = attributes;

@@ -9,11 +9,13 @@
 // it is summed, and both halves of the traffic hide under the MMAs; what is left is the way of the last tiles' sums.
 //
 // A cluster of two CTAs takes 256 tokens x kTileN rows of the weight, each CTA 128 of the tokens; each fetches half of
-// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover.
+// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover, two storers (two-shot
+// between two ranks).
 //
 //   stage s    full[s]: its bytes have landed, of both CTAs' copies     empty[s]: 16 math warps of both have read it;
 //              halves have a ring of their own over the same memory, with smaller stages
-//   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out
+//   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out,
+//              also by the storers, each of which says stored = i + 1
 //   arrived    a barrier, a phase a tile of the own: its partials are here (between two ranks: in staging)
 //   abandoned  the mover keeps the time of the math warps' waits in the last visit one-shot, see below
 //   partials   in the owner's arena, with a flag a tile in its slots: 1 when all of it has been written, then the
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   if (threadIdx.x < T::kMathWarps) handover.pushed[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
-    handover.freed = handover.abandoned = 0;
+    handover.stored[0] = handover.stored[1] = handover.freed = handover.abandoned = 0;
     handover.step = 2 * producer.ahead();
   }
   if (T::kOneShot) let_next_kernel_in();
@@ -112,6 +114,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       if (s.alive && blockIdx.x == 0) send_headers(s);
       if (s.alive && (blockIdx.x == 0 || !T::kOneShot)) fine = await_headers(s);
       if constexpr (!T::kOneShot) fine = PrefillMover<T>{a, s, schedule, staging, &handover, lane}.move(fine);
+    }
+    if constexpr (T::kStorers > 0) {
+      if (warp >= T::kFirstStorer) {
+        store_own_tiles<T>(a, s, schedule, warp - T::kFirstStorer, lane, staging, &handover);
+      }
     }
     __syncwarp();
   } else {

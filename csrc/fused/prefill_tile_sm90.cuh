@@ -17,7 +17,10 @@ struct PrefillTile {
   static constexpr bool kTwoRanks = is_for_two_ranks(OneShot, TileN_);
   static constexpr int kCluster = kPrefillCluster;
   static constexpr int kTileM = kPrefillTokens / kCluster, kTileN = TileN_;  // of a CTA
-  static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kThreads = 10 * kWarp;
+  static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kFirstStorer = 10;
+  // Two-shot between two ranks: warps that store the own tiles' sums to this rank's y.
+  static constexpr int kStorers = kTwoRanks && !kOneShot ? 2 : 0;
+  static constexpr int kThreads = (kFirstStorer + kStorers) * kWarp;
   static constexpr int kRowBytes = kBoxColumns * 2;
   static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
