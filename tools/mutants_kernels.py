@@ -537,7 +537,7 @@ MUTANTS = [
         MOVER,
         "      if (own && lane < T::kStorers) wait_raised_alone(&h->stored[lane], visit + 1);\n",
         "",
-        FUSED_PREFILL,
+        LAST_TILES,
         (PREFILL,),
         seeds=20,
     ),
