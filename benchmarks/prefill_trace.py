@@ -10,7 +10,8 @@ stamps of the last one, `repeats` times.
 Prints for each stamp of each visit how many CTAs have it and when, microseconds after the first stamp of the kernel on
 that rank: the mean over CTAs and repeats, the first and the last CTA (medians over repeats). Then the same of the time
 between two stamps, which says where CTAs wait. CTAs with another rank's tile, an own one, or one that all ranks sum are
-told apart; the second half of the latter counts as a visit more. Clocks of GPUs differ, so each rank is by itself.
+told apart; each half of the latter counts as a visit more, behind the steps of all columns. Clocks of GPUs differ, so
+each rank is by itself.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ SPANS = {
     "sums, stores": ("may_store", "stored"),
     "one-shot: pushes": ("multiplied", "pushed"),
     "one-shot: waits, sums": ("pushed", "summed"),
-    "all ranks' half: waits, sums": ("stored", "summed"),
     "mover: waits for partials": ("partial_awaited", "partial_came"),
     "mover: sends": ("taken", "sent"),
     "mover: has copies read": ("sent", "freed"),
@@ -78,7 +78,8 @@ def rows(times: torch.Tensor, stamps: list[str]) -> list[dict[str, Any]]:
     of_visits = [stamp for stamp in stamps if stamp not in OF_THE_CALL]
     for visit in range(times.shape[2]):
         own = ~us[:, :, visit, stamps.index("partial_awaited")].isnan()
-        everybodys = ~us[:, :, visit, stamps.index("summed")].isnan()
+        summed = ~us[:, :, visit : visit + 2, stamps.index("summed")].isnan()
+        everybodys = summed.any(dim=2) & ~own  # or the visit before one's first half
         for tiles, which in {"others'": ~(own | everybodys), "own": own, "all ranks'": everybodys}.items():
             add(visit, tiles, which, of_visits)
     add(None, "", torch.ones_like(own), list(OF_THE_CALL))

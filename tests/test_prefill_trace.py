@@ -46,6 +46,17 @@ def test_a_row_says_how_many_ctas_have_a_stamp_and_when_after_the_kernels_first(
     assert module.resolution(times) == 8  # of 64 ns, 45 us and 4 ms
 
 
+def test_steps_of_all_columns_and_both_halves_are_of_a_tile_that_all_ranks_sum(module: ModuleType) -> None:
+    stamps = sorted({stamp for span in module.SPANS.values() for stamp in span} | set(module.OF_THE_CALL))
+    times = torch.zeros(1, 1, 4, len(stamps), dtype=torch.int64)
+    for visit, names in enumerate((["partial_awaited", "stored"], ["filled"], ["stored", "summed"], ["summed"])):
+        for name in names:
+            times[0, 0, visit, stamps.index(name)] = 1000 * (visit + 1)
+    rows = module.rows(times, stamps)
+    tiles = {row["visit"]: row["tiles"] for row in rows if row["visit"] is not None}
+    assert tiles == {0: "own", 1: "all ranks'", 2: "all ranks'", 3: "all ranks'"}
+
+
 def test_every_span_lies_between_stamps_of_the_kernel(module: ModuleType) -> None:
     stamps = (ROOT / "csrc/fused/prefill_trace_sm90.cuh").read_text()
     names = {name for span in module.SPANS.values() for name in span} | set(module.OF_THE_CALL)

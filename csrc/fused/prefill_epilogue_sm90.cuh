@@ -54,13 +54,13 @@ struct PrefillEpilogue {
 
   // own(c): chunk c of this rank's rounded partial; load(r, c, v): rank r's words of chunks c .. c + Batch - 1;
   // store(c, v): the sums as the MMA leaves them, whose NaN is any. Of two ranks a + b is b + a. Without a bias an
-  // instruction a word is all: a CTA's tensor cores idle meanwhile, and code that is run once comes from L2. So a batch
-  // is written out once where own(c) does not ask for a constant c.
-  template <int Batch, bool Unrolled, class Own, class Load, class Store>
+  // instruction a word is all: a CTA's tensor cores idle meanwhile, and code that is run once comes from L2.
+  template <int Batch, class Own, class Load, class Store>
   __device__ __forceinline__ void sum_of_two(const PrefillPlace& at, const Own& own, const Load& load,
                                              const Store& store) const {
+    static_assert(T::kChunks % Batch == 0);
     const auto of_all = [&](const auto& add) {
-#pragma unroll(Unrolled ? T::kChunks / Batch : 1)
+#pragma unroll
       for (int first = 0; first < T::kChunks; first += Batch) {
         uint4 v[Batch] = {};
         load(1 - s.call.rank, first, v);
@@ -191,7 +191,7 @@ struct PrefillExchange {
 
   // y of the tile; own as in sum_of_two. wait(ready, missing) is as wait_together. False once something did not come:
   // then the rest of the tile is NaN.
-  template <int Batch, bool Unrolled, class Own, class Wait>
+  template <int Batch, class Own, class Wait>
   __device__ __forceinline__ bool sum(const Own& own, bool fine, const Wait& wait) const {
     const PrefillCuda& a = end.a;
     const Session& s = end.s;
@@ -225,7 +225,7 @@ struct PrefillExchange {
       v = fine ? end.rows(v) : all_bits_set();
       if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
     };
-    end.template sum_of_two<Batch, Unrolled>(at, own, load, store);
+    end.template sum_of_two<Batch>(at, own, load, store);
     return fine;
   }
 };
@@ -244,7 +244,7 @@ __device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Sess
   stamp(Stamp::pushed, visit);
   const auto wait = [&](const auto& ready, const uint32_t& missing) { return wait_together(s, ready, missing); };
   constexpr int kBatch = PrefillEpilogue<T>::kBatch;
-  fine = exchange.template sum<kBatch, true>([&](int c) { return own[c]; }, fine, wait);
+  fine = exchange.template sum<kBatch>([&](int c) { return own[c]; }, fine, wait);
   stamp(Stamp::summed, visit);
   return fine;
 }

@@ -81,7 +81,7 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
       for (int b = 0; b < kBatch; b++) v[b] = load_shared(fragment(c + b));
     };
     const auto mine = [&](int c) { return rounded[c]; };
-    end.template sum_of_two<kBatch, true>(at, mine, load, [&](int c, uint4 v) {
+    end.template sum_of_two<kBatch>(at, mine, load, [&](int c, uint4 v) {
       sums[c] = v;
       nan = larger_or_nan<Type>(nan, larger_or_nan<Type>(larger_or_nan<Type>(v.x, v.y), larger_or_nan<Type>(v.z, v.w)));
     });
@@ -157,17 +157,17 @@ __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Sessio
   Position half_stage;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    multiply<Half>(half_ring, a.late_steps, visit + half, warp / 4, lane, &half_stage, d[half]);
+    multiply<Half>(half_ring, a.late_steps, visit + 1 + half, warp / 4, lane, &half_stage, d[half]);
     Rounded own;
     end.round(at.half(half, Half::kTileN), d[half], own);
-    wait_raised(&h->freed, visit);
-    stamp(Stamp::may_store, visit + half);
+    if (half == 0) wait_raised(&h->freed, visit);
+    stamp(Stamp::may_store, visit + 1 + half);
 #pragma unroll
     for (int c = 0; c < Half::kChunks; c++) store_shared(fragment(half, c), own[c]);
     fence_for_copies();
     __syncwarp();
     if (lane == 0) raise(&h->pushed[warp], visit + 1 + half);
-    stamp(Stamp::stored, visit + half);
+    stamp(Stamp::stored, visit + 1 + half);
   }
   const auto wait = [&](const auto& ready, uint32_t) {
     while (!ready()) {
@@ -175,12 +175,13 @@ __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Sessio
     }
     return true;
   };
+  // One piece of code for both: what is run for the first time comes from L2.
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
     const auto own = [&](int c) { return load_shared(fragment(half, c)); };
     const PrefillPlace place = at.half(half, Half::kTileN);
-    fine = exchange_of<T>(end, place, half, cta).template sum<8, false>(own, fine, wait);
-    stamp(Stamp::summed, visit + half);
+    fine = exchange_of<T>(end, place, half, cta).template sum<Half::kChunks>(own, fine, wait);
+    stamp(Stamp::summed, visit + 1 + half);
   }
   if (lane == 0) raise(&h->pushed[warp], visit + 3);
   return fine;
@@ -278,10 +279,8 @@ struct PrefillMover {
       }
       __syncwarp();
     }
-    if (T::kHasHalves && has_halves) {
-      carry_half(last, visits - 1, 0, fine);
-    } else {
-      let_next_kernel_in();
+    if constexpr (T::kHasHalves) {
+      if (has_halves) carry_half(last, visits - 1, 0, fine);
     }
     copies_arrived();
     __syncwarp();
@@ -316,12 +315,11 @@ struct PrefillMover {
   }
 
   // Half of a tile that every rank sums, to its slot on the other rank, where data are told by not being the sentinel:
-  // so all of it goes there, whatever m is. The next kernel's CTAs may come when no MMA is left that they could delay.
+  // so all of it goes there, whatever m is.
   __device__ __forceinline__ void carry_half(const PrefillPlace& at, int visit, int half, bool fine) const {
     using Half = HalfTile<T>;
     await_math(visit + 1 + half);
-    stamp(Stamp::taken, visit + half);
-    if (half == 1) let_next_kernel_in();
+    stamp(Stamp::taken, visit + 1 + half);
     if (!fine) return;
     const PrefillEpilogue<Half> end{a, s, 0, lane};
     std::byte* const to = exchange_of<T>(end, at, half, schedule.cta).slot(1 - s.call.rank, s.call.rank);
@@ -333,7 +331,7 @@ struct PrefillMover {
       if (lane == 0) copy_out(to + begin, half_in<T>(staging, half) + begin, Half::kWarpBytes);
       copies_commit();
     }
-    stamp(Stamp::sent, visit + half);
+    stamp(Stamp::sent, visit + 1 + half);
   }
 
   // Between two ranks the only partial is fetched into staging, which is free by then: math warps then wait no more

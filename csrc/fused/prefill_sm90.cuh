@@ -25,7 +25,7 @@
 // Few tiles, one to a CTA (one_shot): nothing is left to hide under. Math warps push their accumulators to everybody's
 // slots, wait for the others', and store y here alone: one step over the link instead of two. Two-shot between two
 // ranks does the same with the tiles of its last wave, which nothing follows either: they are nobody's, both ranks
-// visit them last and in the same order. The closing barrier is for the others, and has long been met then. Two waves
+// visit them last and in the same order. The closing barrier is for the others. Two waves
 // have no such tiles: own ones would be visited together with the other rank's.
 //
 // Of the last wave, only half is left to travel when the MMAs end: the last steps of k are those of half of the
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     handover.stored[0] = handover.stored[1] = handover.freed = handover.abandoned = 0;
     handover.step = 2 * producer.ahead();
   }
-  if (T::kOneShot) let_next_kernel_in();
+  let_next_kernel_in();
   cluster_sync();  // the other CTA's barriers count what is fetched for it
   if (produces) {
     if (a.static_weight) producer.fill_weights();

@@ -8,7 +8,7 @@
 namespace sglang_symm::device {
 
 constexpr int kMaxPrefillStages = 8;
-constexpr int kMaxHalvedStages = 3;  // and those of halves, half as many more
+constexpr int kMaxHalvedStages = 3;  // with those of halves
 
 template <class T, int TileN_, bool OneShot>
 struct PrefillTile {
@@ -18,8 +18,10 @@ struct PrefillTile {
   static constexpr int kCluster = kPrefillCluster;
   static constexpr int kTileM = kPrefillTokens / kCluster, kTileN = TileN_;  // of a CTA
   static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kFirstStorer = 10;
-  // Two-shot between two ranks: warps that store the own tiles' sums to this rank's y.
-  static constexpr int kStorers = kTwoRanks && !kOneShot ? 2 : 0;
+  // Two-shot between two ranks: the last wave's tiles end by halves of their columns, and warps of their own store the
+  // own tiles' sums to this rank's y.
+  static constexpr bool kHasHalves = kTwoRanks && !kOneShot;
+  static constexpr int kStorers = kHasHalves ? 2 : 0;
   static constexpr int kThreads = (kFirstStorer + kStorers) * kWarp;
   static constexpr int kRowBytes = kBoxColumns * 2;
   static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;
@@ -30,8 +32,6 @@ struct PrefillTile {
   static constexpr int kPitch = sums_pitch(OneShot, TileN_), kStagingWarp = 16 * kPitch;
   static constexpr int kChunkBytes = 512;                   // 16 a lane: 8 rows x 32 columns
   static constexpr int kChunks = kWarpBytes / kChunkBytes;  // chunk c: rows lane / 4 + 8 (c % 2), columns 32 (c / 2)..
-  // Two-shot between two ranks: the last wave's tiles end by halves of their columns.
-  static constexpr bool kHasHalves = kTwoRanks && !kOneShot;
 };
 
 template <class T>
@@ -41,6 +41,7 @@ template <class T>
 __host__ __device__ constexpr int half_stages(int stages) {
   return T::kHasHalves ? stages * T::kStageBytes / HalfTile<T>::kStageBytes : 0;
 }
+static_assert(kMaxHalvedStages + half_stages<PrefillTile<BFloat16, 256, false>>(kMaxHalvedStages) <= kMaxPrefillStages);
 
 // A cluster's tile, and this CTA's part of it.
 constexpr int kEveryRank = -1;
