@@ -217,7 +217,8 @@ def _forward(source: IO[bytes], prefix: bytes, lock: threading.Lock) -> None:
 def _write(data: bytes, prefix: bytes, lock: threading.Lock) -> None:
     if not data:
         return
-    lines = b"".join(prefix + line for line in data.splitlines(keepends=True))
+    # A progress bar begins with a carriage return; the prefix belongs to what follows.
+    lines = b"".join(line if line == b"\r" else prefix + line for line in data.splitlines(keepends=True))
     with lock:
         sys.stderr.flush()
         while lines:

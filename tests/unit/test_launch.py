@@ -89,6 +89,12 @@ sys.stderr.write('end')
     )
 
 
+def test_a_progress_bar_has_the_rank_once_and_moves():
+    program = r"import os; os.environ['RANK'] == '1' and os.write(2, b'\rhalf\rall\n')"
+    code, _, err = launch(2, program)  # text: a carriage return is read as the end of a line
+    assert (code, err) == (0, "\n[rank 1] half\n[rank 1] all\n")
+
+
 def test_the_first_failure_ends_the_others_and_gives_the_exit_code():
     program = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(100)"
     begin = time.monotonic()
