@@ -360,8 +360,8 @@ MUTANTS = [
     KernelMutant(
         "prefill: staging is given back before it has been read",
         MOVER,
-        "      copies_read();\n      if (own",
-        "      if (own",
+        "      copies_read();\n      if constexpr",
+        "      if constexpr",
         FUSED_PREFILL,
         (PREFILL,),
     ),
@@ -533,6 +533,14 @@ MUTANTS = [
         (PREFILL,),
     ),
     KernelMutant(
+        "prefill, one-shot: what did not come is summed",
+        "fused/prefill_epilogue_sm90.cuh",
+        "v = fine ? end.rows(v) : all_bits_set();",
+        "v = end.rows(v);",
+        "FusedCuda.AMissingRank*",
+        (PREFILL,),
+    ),
+    KernelMutant(
         "prefill: a sum's NaN stays as the instruction made it",
         MOVER,
         "if (has_nan) make_canonical<T>(part, lane);",
@@ -551,7 +559,7 @@ MUTANTS = [
     KernelMutant(
         "prefill: staging is given back before storers have read it",
         MOVER,
-        "      if (own && lane < T::kStorers) wait_raised_alone(&h->stored[lane], visit + 1);\n",
+        "        if (own && lane < T::kStorers) wait_raised_alone(&h->stored[lane], visit + 1);\n",
         "",
         LAST_TILES,
         (PREFILL,),

@@ -267,7 +267,9 @@ struct PrefillMover {
       }
       stamp(Stamp::sent, visit);
       copies_read();
-      if (own && lane < T::kStorers) wait_raised_alone(&h->stored[lane], visit + 1);
+      if constexpr (T::kStorers > 0) {
+        if (own && lane < T::kStorers) wait_raised_alone(&h->stored[lane], visit + 1);
+      }
       __syncwarp();
       stamp(Stamp::freed, visit);
       if (lane == 0) raise(&h->freed, visit + 1);

@@ -1,4 +1,5 @@
 // The fused CUDA kernels on the emulator: bits, protocol, failures.
+#include <cmath>
 #include <deque>
 #include <limits>
 #include <optional>
@@ -121,8 +122,11 @@ class Linear {
       enqueue_prefill(gpus, rank, std::get<PrefillConfig>(config_));
     }
   }
+  void fill_y(int byte) {
+    for (std::byte* y : y_) std::memset(y, byte, 2 * count());
+  }
   void clear() {
-    for (std::byte* y : y_) std::memset(y, 0, 2 * count());
+    fill_y(0);
     if (options_.from_collectives) hide();
   }
 
@@ -139,6 +143,14 @@ class Linear {
       if (!y_outside_[r].untouched_around()) return what() + ": bytes beside y of rank " + std::to_string(r);
     }
     return "";
+  }
+  bool is_right_or_nan(int rank) {
+    const std::byte* y = y_[static_cast<size_t>(rank)];
+    for (size_t i = 0; i < count(); i++) {
+      const float f = to_float32(y, i, dtype_);
+      if (f == f && std::memcmp(y + 2 * i, expected_.data() + 2 * i, 2) != 0) return false;
+    }
+    return true;
   }
   bool all_nan(int rank) const {
     for (size_t i = 0; i < count(); i++) {
@@ -578,6 +590,26 @@ TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
       EXPECT_TRUE(after.all_nan(r)) << "rank " << r << " of " << after.what();
     }
   }
+}
+
+// Deadlines that end in the middle of a call, for some of its CTAs.
+TEST(FusedCuda, WhatACallThatGaveUpLeavesIsRightOrNan) {
+  int broken = 0;
+  for (const Kind& kind : every_kind(seeds(8))) {
+    std::mt19937_64 random(kind.seed);
+    const double hurry = 0.1 * std::pow(200.0, static_cast<double>(random() % 1000) / 1000.0);
+    Gpus gpus(kind.world, kind.seed, hurry, 2, kArena);
+    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    call.fill_y(0x11);
+    call.enqueue(gpus);
+    gpus.run();
+    for (int r = 0; r < kind.world; r++) {
+      broken += gpus.pad(r).gate[0].broken != 0 ? 1 : 0;
+      ASSERT_TRUE(call.is_right_or_nan(r))
+          << "seed " << kind.seed << ", " << hurry << " s, rank " << r << " of " << call.what();
+    }
+  }
+  EXPECT_GT(broken, 5);
 }
 
 TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
