@@ -1,4 +1,4 @@
-// The prefill kernel, two-shot: how math warps hand tiles over, and the warp that carries them to other ranks.
+// The prefill kernel, two-shot: how math warps hand tiles over, and the warps that carry them to other ranks and to y.
 #pragma once
 
 #include "fused/prefill_epilogue_sm90.cuh"
@@ -147,10 +147,7 @@ __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Sessio
   };
   constexpr int kAll = T::kTileN / 2, kHalf = Half::kTileN / 2;
   float all[kAll], d[2][kHalf];
-#pragma unroll
-  for (int i = 0; i < kAll; i++) all[i] = 0.0f;
-  stamp(Stamp::begins, visit);
-  multiply<T>(ring, a.k_steps - a.late_steps, visit, warp / 4, lane, stage, all);
+  multiply_tile<T>(ring, a.k_steps - a.late_steps, visit, warp / 4, lane, stage, all);
   // The compiler finds no registers for MMAs of different widths that add to the same ones.
 #pragma unroll
   for (int i = 0; i < kAll; i++) d[i / kHalf][i % kHalf] = moved(all[i]);

@@ -10,24 +10,27 @@ namespace {
 
 using Kernel = void (*)(CUtensorMap, CUtensorMap, PrefillCuda);
 
-template <class Type>
-Kernel find_kernel(const PrefillConfig& c) {
-  using namespace device;
-  if (c.one_shot) return c.tile_n == 128 ? &prefill<PrefillTile<Type, 128, true>> : nullptr;
-  if (c.tile_n == 128) return &prefill<PrefillTile<Type, 128, false>>;
-  if (c.tile_n == 256) return &prefill<PrefillTile<Type, 256, false>>;
-  return nullptr;
-}
+struct Instance {
+  Kernel kernel = nullptr;
+  int threads = 0, most_stages = 0;
+};
 
-int threads_of(const PrefillConfig& c) {
-  using namespace device;
-  if (c.one_shot) return PrefillTile<BFloat16, 128, true>::kThreads;
-  return c.tile_n == 128 ? PrefillTile<BFloat16, 128, false>::kThreads : PrefillTile<BFloat16, 256, false>::kThreads;
+template <class T>
+Instance instance() {
+  return {&device::prefill<T>, T::kThreads, T::kHasHalves ? device::kMaxHalvedStages : device::kMaxPrefillStages};
+}
+template <class Type>
+Instance find_instance(const PrefillConfig& c) {
+  using device::PrefillTile;
+  if (c.one_shot) return c.tile_n == 128 ? instance<PrefillTile<Type, 128, true>>() : Instance{};
+  if (c.tile_n == 128) return instance<PrefillTile<Type, 128, false>>();
+  if (c.tile_n == 256) return instance<PrefillTile<Type, 256, false>>();
+  return {};
 }
 
 // The halves' stages are filled while the last of the whole tile's are read when those begin with the first one.
 int late_steps(const PrefillConfig& config, int k_steps) {
-  if (config.one_shot || config.last == 0) return 0;
+  if (config.late_steps == 0) return 0;
   const int clusters = config.ctas / kPrefillCluster, tiles = config.tiles_m * config.tiles_n;
   const int64_t steps = int64_t{(tiles + clusters - 1) / clusters} * k_steps;
   int late = std::min(k_steps, config.late_steps);
@@ -40,11 +43,10 @@ int late_steps(const PrefillConfig& config, int k_steps) {
 void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                     cudaStream_t stream) {
   const DType dtype = args.call.descriptor.dtype;
-  const Kernel kernel =
-      dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config) : find_kernel<device::Float16>(config);
+  const auto [kernel, threads, most_stages] =
+      dtype == DType::bfloat16 ? find_instance<device::BFloat16>(config) : find_instance<device::Float16>(config);
   const bool has_sum = is_for_two_ranks(config.one_shot, config.tile_n) == (args.call.world_size == 2);
-  const int most = config.tile_n > 128 ? device::kMaxHalvedStages : device::kMaxPrefillStages;
-  if (kernel == nullptr || !has_sum || config.stages > most) {
+  if (kernel == nullptr || !has_sum || config.stages > most_stages) {
     fail(ErrorKind::system, "no prefill kernel between ", args.call.world_size, " ranks for ", to_string(config));
   }
   args.k_steps = args.partial == nullptr ? static_cast<int>((weight.columns + kBoxColumns - 1) / kBoxColumns) : 0;
@@ -63,7 +65,7 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   if (!config.one_shot) attributes[0].val.programmaticStreamSerializationAllowed = 0;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
-  launch.blockDim = dim3(static_cast<unsigned>(threads_of(config)));
+  launch.blockDim = dim3(static_cast<unsigned>(threads));
   launch.dynamicSmemBytes = shared;
   launch.stream = stream;
   launch.attrs = attributes;

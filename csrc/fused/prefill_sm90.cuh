@@ -25,8 +25,8 @@
 // Few tiles, one to a CTA (one_shot): nothing is left to hide under. Math warps push their accumulators to everybody's
 // slots, wait for the others', and store y here alone: one step over the link instead of two. Two-shot between two
 // ranks does the same with the tiles of its last wave, which nothing follows either: they are nobody's, both ranks
-// visit them last and in the same order. The closing barrier is for the others. Two waves
-// have no such tiles: own ones would be visited together with the other rank's.
+// visit them last and in the same order. The closing barrier is for the others. Two waves have no such tiles: own ones
+// would be visited together with the other rank's.
 //
 // Of the last wave, only half is left to travel when the MMAs end: the last steps of k are those of half of the
 // columns of y, and then those of the other half (their tokens are fetched twice, hence no more steps than the way
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         }
       }
       float d[T::kTileN / 2];
-      multiply_tile<T>(a, ring, visit, warp / 4, lane, &at, d);
+      multiply_tile<T>(ring, a.k_steps, visit, warp / 4, lane, &at, d);
       if constexpr (T::kOneShot) {
         fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, d);
       } else {

@@ -220,14 +220,14 @@ __device__ __forceinline__ void multiply(const Ring& ring, int steps, int visit,
   if (before >= 0) release(before);
 }
 
-// d = all of k.
+// d = that; the first steps of a tile, or all.
 template <class T>
-__device__ __forceinline__ void multiply_tile(const PrefillCuda& a, const Ring& ring, int visit, int group, int lane,
-                                              Position* at, float (&d)[T::kTileN / 2]) {
+__device__ __forceinline__ void multiply_tile(const Ring& ring, int steps, int visit, int group, int lane, Position* at,
+                                              float (&d)[T::kTileN / 2]) {
 #pragma unroll
   for (int i = 0; i < T::kTileN / 2; i++) d[i] = 0.0f;
   stamp(Stamp::begins, visit);
-  multiply<T>(ring, a.k_steps, visit, group, lane, at, d);
+  multiply<T>(ring, steps, visit, group, lane, at, d);
 }
 
 }  // namespace sglang_symm::device
