@@ -3,10 +3,10 @@
 #
 #     OUT=results benchmarks/many_gpus.sh [P]           P: ranks, a GPU each; default: all GPUs
 #
-#   tests     the GPU tests over P ranks; a Llama at TP=3 and, with 8 GPUs, at attention-DP x attention-TP 2x3
+#   tune      the tuning table of P ranks, which the steps after it choose by
 #   bench     all_reduce, reduce_scatter, all_gather from 2 KB to 256 MB beside NCCL, its window, torch's symmetric memory
 #   linear    row_parallel_linear at Llama-3-70B shapes, 1 to 2048 tokens
-#   tune      the tuning table of P ranks
+#   tests     the GPU tests over P ranks; a Llama at TP=3 and, with 8 GPUs, at attention-DP x attention-TP 2x3
 #   layers    a decode step and a prefill of Llama-3-70B's layers, as many as fit (P = 2: of Llama-3-8B)
 #   smollm2   SmolLM2's tokens against transformers, when SMOLLM2 names its .gguf file
 #
@@ -17,7 +17,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 OUT=$(realpath -m "${OUT:-many_gpus}")
-STEPS=${STEPS:-tests bench linear tune layers smollm2}
+STEPS=${STEPS:-tune bench linear tests layers smollm2}
 QUICK=${QUICK:-0}
 BUDGET=${BUDGET:-530}
 venv=$PWD/.venv/bin/python
@@ -67,6 +67,13 @@ wanted() { [[ " $STEPS " == *" $1 "* ]]; }
 "$PYTHON" -m sglang_symm env >>"$log" 2>&1
 echo "ranks: $P" >>"$log"
 
+if wanted tune; then
+    range=(-b 1K -e 64M --rounds 7)
+    ((QUICK)) && range=(-b 2K -e 512K --rounds 3)
+    run tune 60 "$PYTHON" -m sglang_symm tune --device cuda -n "$P" "${range[@]}" -o "$work/tables"
+    # What follows takes it, as a user's groups would: a folder for which every rank has the same file.
+    mkdir -p "$work/tables" && export SGLANG_SYMM_TABLES=$work/tables
+fi
 if wanted bench; then
     ops=(--op all_reduce --op reduce_scatter --op all_gather)
     small=(-b 2K -e 32M -f 4 --rounds 7) large=(-b 64M -e 256M -f 2 --rounds 5 --mode graph --calls 5)
@@ -84,11 +91,6 @@ if wanted linear; then
     run_ranks linear 70 "$P" benchmarks/row_parallel_linear.py --shapes "8192x$((8192 / P))" "8192x$((28672 / P))" \
         --tokens "${tokens[@]}" --repeats $repeats \
         --json "$work/row_parallel_linear.json" --plot "$OUT/row_parallel_linear.png"
-fi
-if wanted tune; then
-    range=(-b 1K -e 64M --rounds 7)
-    ((QUICK)) && range=(-b 2K -e 512K --rounds 3)
-    run tune 60 "$PYTHON" -m sglang_symm tune --device cuda -n "$P" "${range[@]}" -o "$work/tables"
 fi
 if wanted tests; then
     tests=(tests/gpu) llama=tests/gpu/test_llama.py
