@@ -110,8 +110,8 @@ if wanted layers; then
 fi
 if wanted smollm2 && [[ -n "${SMOLLM2:-}" ]]; then
     ask=(--device cuda --prompt "What is gravity?" --max-new-tokens 32 --compare-transformers)
-    ((P >= 3)) && run smollm2_tp3 45 "$PYTHON" -m sglang_symm generate "$SMOLLM2" --tp 3 "${ask[@]}"
-    ((P >= 6)) && run smollm2_2x3 45 "$PYTHON" -m sglang_symm generate "$SMOLLM2" --tp 6 --attention-dp 2 "${ask[@]}"
+    ((P >= 3)) && run smollm2_tp3 90 "$PYTHON" -m sglang_symm generate "$SMOLLM2" --tp 3 "${ask[@]}"
+    ((P >= 6)) && run smollm2_2x3 60 "$PYTHON" -m sglang_symm generate "$SMOLLM2" --tp 6 --attention-dp 2 "${ask[@]}"
 fi
 tar -C "$work" -czf "$OUT/many_gpus.tar.gz" .
 echo "--- all: $SECONDS s, results in $OUT" | tee -a "$log"

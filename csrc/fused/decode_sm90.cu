@@ -26,8 +26,12 @@ Instance instance_of(const GemmConfig& c) {
   };
   offer(Tile<Type, 2, 64, 16, 4, 4>{});
   offer(Tile<Type, 2, 64, 64, 2, 4>{});
+  offer(Tile<Type, 4, 64, 16, 4, 4>{});
+  offer(Tile<Type, 4, 64, 64, 2, 8>{});
   offer(Tile<Type, 4, 128, 16, 1, 4>{});
   offer(Tile<Type, 4, 128, 64, 1, 8>{});
+  offer(Tile<Type, 8, 64, 16, 4, 4>{});
+  offer(Tile<Type, 8, 64, 64, 2, 8>{});
   offer(Tile<Type, 8, 128, 16, 1, 4>{});
   offer(Tile<Type, 8, 128, 64, 1, 8>{});
   return found;

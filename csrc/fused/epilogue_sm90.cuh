@@ -23,7 +23,7 @@ __device__ __forceinline__ void push_tile(const DecodeCuda& a, const Session& s,
     }
     const uint4 chunk = make_uint4(word[0], word[1], word[2], word[3]);
     if (T::kHasTwoShot && a.two_shot) {
-      const int owner = owner_of<T>(c, warp);
+      const int owner = owner_of<T>(tile, c, warp);
       store_slot(slot_of<T>(a, s, owner, s.call.rank, tile) + c * T::kChunkBytes + place * 16, chunk);
       continue;
     }

@@ -9,30 +9,40 @@ namespace sglang_symm {
 
 namespace {
 
-// 64 to 96 KB in flight an SM saturate HBM; two ranks have the SMs' shared memory to themselves, and the more of it is
-// full before the previous kernel ends the better. Between more ranks tiles are taller, so that slots are fewer.
+// 64 to 96 KB in flight an SM saturate HBM; ranks with a GPU each have the SMs' shared memory to themselves, and the
+// more of it is full before the previous kernel ends the better. Tiles of 64 rows, one to an SM, then stream from twice
+// as many SMs as those of 128: at N = 8192, K = 7168, one token between four H200s 32.6 us for 44.5. Where tiles take
+// turns on few SMs they are taller, so that slots are fewer.
 struct Row {
   int max_world, max_m;
   int tile_n, tile_m, boxes, stages, reducers;
   bool two_shot;
+  bool one_wave;   // only where every tile has an SM
   int least_busy;  // fewer tiles than SMs over this: the library, which cuts k, is faster
 };
 // 2 ranks, N = K = 2048, M = 64: 10.5 us, and 9.5 with the library's GEMM and an all-reduce.
 constexpr int kAny = 1 << 20;
 constexpr Row kDecode[] = {
-    {2, 16, 64, 16, 4, 5, 4, false, kAny},  //
-    {2, 64, 64, 64, 2, 6, 4, false, 4},     //
-    {4, 8, 128, 16, 1, 6, 4, false, kAny},  //
-    {4, 16, 128, 16, 1, 6, 4, true, kAny},  //
-    {4, 64, 128, 64, 1, 6, 8, true, kAny},  //
-    {8, 8, 128, 16, 1, 6, 4, false, kAny},  //
-    {8, 16, 128, 16, 1, 6, 4, true, kAny},  //
-    {8, 64, 128, 64, 1, 6, 8, true, kAny},  //
+    {2, 16, 64, 16, 4, 5, 4, false, false, kAny},  //
+    {2, 64, 64, 64, 2, 6, 4, false, false, 4},     //
+    {4, 16, 64, 16, 4, 5, 4, false, true, kAny},   //
+    {4, 64, 64, 64, 2, 6, 8, true, true, kAny},    //
+    {4, 8, 128, 16, 1, 6, 4, false, false, kAny},  //
+    {4, 16, 128, 16, 1, 6, 4, true, false, kAny},  //
+    {4, 64, 128, 64, 1, 6, 8, true, false, kAny},  //
+    {8, 8, 64, 16, 4, 5, 4, false, true, kAny},    //
+    {8, 16, 64, 16, 4, 5, 4, true, true, kAny},    //
+    {8, 64, 64, 64, 2, 6, 8, true, true, kAny},    //
+    {8, 8, 128, 16, 1, 6, 4, false, false, kAny},  //
+    {8, 16, 128, 16, 1, 6, 4, true, false, kAny},  //
+    {8, 64, 128, 64, 1, 6, 8, true, false, kAny},  //
 };
 
 // What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 240
-// tokens, because tiles hold 256; of N = 8192 257 to 921, where tiles of 256 rows leave SMs idle and those of 128 are
-// slower by product.
+// tokens, because tiles hold 256; of N = 8192 257 to 921 between two ranks, where tiles of 256 rows leave SMs idle and
+// those of 128 are slower by product; between three and four up to 640 (four H200s, N = 8192, us, this kernel and cuBLAS
+// with an all-reduce: 512 tokens 65, 69 at K = 2048, 126, 121 at 7168; 768 tokens 89, 98 and 178, 185; 2048 tokens 186,
+// 248 and 412, 505).
 struct PrefillRow {
   int min_world, max_world;
   int max_m;
@@ -46,7 +56,7 @@ struct PrefillRow {
 constexpr double kLeastBusy = 0.84;  // of the waves' SMs: else the last wave costs what the fusion gains
 constexpr PrefillRow kPrefill[] = {
     {2, 2, 256, 128, 6, true, 0.84, 1.0, 0.94},    //
-    {3, 4, 256, 128, 6, false, 1.85, kAny, 0.75},  //
+    {3, 4, kAny, 128, 6, false, 2.5, kAny, 0.75},  //
     {2, 2, kAny, 256, 3, false, 1.85, kAny, 0.9},  //
 };
 
@@ -69,6 +79,7 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
   for (const Row& row : kDecode) {
     if (s.world_size > row.max_world || s.m > row.max_m) continue;
     const int tiles = static_cast<int>((s.n + row.tile_n - 1) / row.tile_n);
+    if (row.one_wave && tiles > s.sms) continue;
     if (int64_t{tiles} * row.least_busy < s.sms) return std::nullopt;
     return GemmConfig{.tile_n = row.tile_n,
                       .tile_m = row.tile_m,

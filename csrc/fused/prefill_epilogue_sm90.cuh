@@ -85,27 +85,32 @@ struct PrefillEpilogue {
       });
     }
   }
+  // Partials of kRanks ranks are under way together: a look at what a peer has written takes more than 1 us.
   template <class Load, class Store>
   __device__ __forceinline__ void sum_of_many(const PrefillPlace& at, const Rounded& own, const Load& load,
                                               const Store& store) const {
+    constexpr int kRanks = 4;
 #pragma unroll
     for (int first = 0; first < T::kChunks; first += kBatch) {
       float total[kBatch][8];
 #pragma unroll 1
-      for (int r = 0; r < s.call.world_size; r++) {
-        uint4 v[kBatch] = {};
-        if (r == s.call.rank) {
+      for (int begin = 0; begin < s.call.world_size; begin += kRanks) {
+        uint4 v[kRanks][kBatch] = {};
 #pragma unroll
-          for (int b = 0; b < kBatch; b++) v[b] = own[first + b];
-        } else {
-          load(r, first, v);
+        for (int i = 0; i < kRanks; i++) {
+          if (begin + i < s.call.world_size && begin + i != s.call.rank) load(begin + i, first, v[i]);
         }
 #pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-          float f[8];
-          unpack(v[b], f);
+        for (int i = 0; i < kRanks; i++) {
+          if (begin + i >= s.call.world_size) break;
+          const bool mine = begin + i == s.call.rank;
 #pragma unroll
-          for (int i = 0; i < 8; i++) total[b][i] = r == 0 ? f[i] : __fadd_rn(total[b][i], f[i]);
+          for (int b = 0; b < kBatch; b++) {
+            float f[8];
+            unpack(mine ? own[first + b] : v[i][b], f);
+#pragma unroll
+            for (int j = 0; j < 8; j++) total[b][j] = begin + i == 0 ? f[j] : __fadd_rn(total[b][j], f[j]);
+          }
         }
       }
 #pragma unroll

@@ -11,10 +11,11 @@ struct Handover {
   // By math warp w: how many visits it has done; in one of a tile that every rank sums 1 more for each half in staging,
   // and 1 for the sums.
   uint32_t pushed[8];
-  uint32_t stored[2];         // by a storer: how many visits it has done
+  // By a storer: how many visits it has done; between more than two ranks 1 more when all of it has arrived.
+  uint32_t stored[2];
   uint32_t freed;             // by the mover
   uint32_t step;              // by the producer
-  uint32_t abandoned;         // by the mover: what math warps wait for in the last visit will not come
+  uint32_t abandoned;         // what a peer was to send will not come
   uint64_t arrived;           // a barrier, a phase a tile of the own
   uint64_t y[kMaxWorldSize];  // where the ranks' y lie in their arenas
 };
@@ -96,13 +97,9 @@ __device__ __forceinline__ void hand_over(const PrefillCuda& a, const Session& s
   } else {
     barrier_wait(&h->arrived, own & 1);
     stamp(Stamp::may_store, visit);
-    // To this rank's y, and to staging for the others'.
     const auto store = [&](int c, uint4 v) {
-      const int row = 16 * warp + 8 * (c & 1) + (lane >> 2), column = 32 * (c >> 1) + 8 * (lane & 3);
-      store_shared(staging + row * T::kPitch + column * 2, v);
-      const int token = at.token + row, n = at.column + column;
-      auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(token) * a.n + n;
-      if (token < a.m && n < a.n) *reinterpret_cast<uint4*>(y) = v;
+      const int row = 8 * (c & 1) + (lane >> 2), column = 32 * (c >> 1) + 8 * (lane & 3);
+      store_shared(part + row * T::kPitch + column * 2, v);
     };
     const auto load = [&](int r, int c, uint4(&v)[kBatch]) {
       const std::byte* partial = partial_of<T>(a, s, at, cta, r);
@@ -184,13 +181,28 @@ __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Sessio
   return fine;
 }
 
-// A storer, all lanes: the own tiles' sums of half of the math warps, from staging to this rank's y. The math warps'
-// tensor cores would idle meanwhile.
+// Copies that the link cannot take at once stand in the way of the producer's: 64 KB from all SMs together stopped the
+// MMAs for 19 us a tile. So a tile goes piece by piece while the next one is fetched: in three quarters of it, or before
+// a half of that tile is to be carried too.
+constexpr int kPieces = 16;
+__device__ __forceinline__ void await_step(const Handover* h, int least) {
+  while (*const_cast<const volatile uint32_t*>(&h->step) < static_cast<uint32_t>(least)) __nanosleep(64);
+  __syncwarp();
+}
+__device__ __forceinline__ void keep_pace(const PrefillCuda& a, const Handover* h, int visit, int piece, int pieces,
+                                          bool halves_follow) {
+  const int within = min(a.k_steps * 3 / 2, 2 * a.k_steps - (halves_follow ? a.late_steps : 0));
+  await_step(h, 2 * a.k_steps * (visit + 1) + piece * within / pieces);
+}
+
+// A storer, all lanes: the own tiles' sums of half of the math warps, from staging to this rank's y; between more than
+// two ranks also to the others', for which the mover would need 70 ns a row and rank. The math warps' tensor cores would
+// idle meanwhile.
 template <class T>
 __device__ __forceinline__ void store_own_tiles(const PrefillCuda& a, const Session& s,
                                                 const PrefillSchedule<T>& schedule, int storer, int lane,
                                                 uint32_t staging, Handover* h) {
-  constexpr int kParts = T::kMathWarps / T::kStorers;
+  constexpr int kParts = T::kMathWarps / T::kStorers, kRowLanes = T::kTileN / 8, kRows = kWarp / kRowLanes;
   const int visits = schedule.visits();
 #pragma unroll 1
   for (int visit = 0; visit < visits; visit++) {
@@ -199,17 +211,36 @@ __device__ __forceinline__ void store_own_tiles(const PrefillCuda& a, const Sess
 #pragma unroll 1
     for (int warp = storer * kParts; warp < (storer + 1) * kParts; warp++) {
       wait_raised(&h->pushed[warp], visit + 1);
-      const int token = at.token + 16 * warp, n = at.column + 8 * lane;
-      auto* y = static_cast<uint16_t*>(a.y) + static_cast<size_t>(token) * a.n + n;
-      const uint32_t rows = staging + warp * T::kStagingWarp + lane * 16;
+      const int token = at.token + 16 * warp + lane / kRowLanes, n = at.column + 8 * (lane % kRowLanes);
+      const size_t place = (static_cast<size_t>(token) * a.n + n) * 2;
+      const uint32_t rows = staging + warp * T::kStagingWarp + lane / kRowLanes * T::kPitch + lane % kRowLanes * 16;
+      const auto store = [&](std::byte* y) {
 #pragma unroll
-      for (int row = 0; row < 16; row++) {
-        const uint4 v = load_shared(rows + row * T::kPitch);
-        if (token + row < a.m && n < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n) = v;
+        for (int row = 0; row < 16; row += kRows) {
+          const uint4 v = load_shared(rows + row * T::kPitch);
+          const size_t there = place + static_cast<size_t>(row) * a.n * 2;
+          if (token + row < a.m && n < a.n) *reinterpret_cast<uint4*>(y + there) = v;
+        }
+      };
+      store(static_cast<std::byte*>(a.y));
+      if constexpr (T::kTwoRanks) continue;
+      // A sum of what has not come is nobody's: a rank that fills its y with NaN must not get it afterwards.
+      if (__any_sync(kAllLanes, raised(&h->abandoned) != 0)) continue;
+      const int peers = s.call.world_size - 1;
+#pragma unroll 1
+      for (int i = 0; i < peers; i++) {
+        const int piece = (warp - storer * kParts) * peers + i, peer = s.peer(i + 1);
+        if (visit + 1 < visits) keep_pace(a, h, visit, piece, kParts * peers, false);
+        store(s.call.window[peer] + h->y[peer]);
       }
     }
     __syncwarp();
     if (lane == 0) raise(&h->stored[storer], visit + 1);
+  }
+  if constexpr (!T::kTwoRanks) {
+    __threadfence_system();  // before the closing barrier
+    __syncwarp();
+    if (lane == 0) raise(&h->stored[storer], visits + 1);
   }
 }
 
@@ -246,10 +277,10 @@ struct PrefillMover {
       }
       await_math(visit + 1);
       stamp(Stamp::taken, visit);
-      if (fine) {
+      if (fine && (T::kTwoRanks || !own)) {
 #pragma unroll 1
         for (int piece = 0; piece < kPieces; piece++) {
-          if (visit + 1 < visits) keep_pace(2 * a.k_steps * (visit + 1), piece, has_halves && visit + 1 == carried);
+          if (visit + 1 < visits) keep_pace(a, h, visit, piece, kPieces, has_halves && visit + 1 == carried);
           if (own) {
             send_rows(at, piece);
           } else if (lane == 0) {
@@ -282,6 +313,7 @@ struct PrefillMover {
       if (has_halves) carry_half(last, visits - 1, 0, fine);
     }
     copies_arrived();
+    if (!T::kTwoRanks && lane < T::kStorers) wait_raised_alone(&h->stored[lane], visits + 1);
     __syncwarp();
     fine = fine && close();
     if constexpr (T::kHasHalves) {
@@ -300,19 +332,6 @@ struct PrefillMover {
     __syncwarp();
   }
 
-  // Copies that the link cannot take at once stand in the way of the producer's: 64 KB from all SMs together stopped
-  // the MMAs for 19 us a tile. So they go piece by piece while the next tile is fetched: in three quarters of it, or
-  // before a half of that tile is to be carried too.
-  static constexpr int kPieces = 16;
-  __device__ __forceinline__ void keep_pace(int base, int piece, bool halves_follow) const {
-    const int within = min(a.k_steps * 3 / 2, 2 * a.k_steps - (halves_follow ? a.late_steps : 0));
-    await_step(base + piece * within / kPieces);
-  }
-  __device__ __forceinline__ void await_step(int least) const {
-    while (*const_cast<volatile uint32_t*>(&h->step) < static_cast<uint32_t>(least)) __nanosleep(64);
-    __syncwarp();
-  }
-
   // Half of a tile that every rank sums, to its slot on the other rank, where data are told by not being the sentinel:
   // so all of it goes there, whatever m is.
   __device__ __forceinline__ void carry_half(const PrefillPlace& at, int visit, int half, bool fine) const {
@@ -325,7 +344,7 @@ struct PrefillMover {
     const int base = 2 * a.k_steps * (visit + 1) - a.late_steps;
 #pragma unroll 1
     for (int warp = 0; warp < T::kMathWarps; warp++) {
-      if (half == 0) await_step(base + warp * (a.late_steps * 15 / 16) / T::kMathWarps);
+      if (half == 0) await_step(h, base + warp * (a.late_steps * 15 / 16) / T::kMathWarps);
       const int begin = warp * Half::kWarpBytes;
       if (lane == 0) copy_out(to + begin, half_in<T>(staging, half) + begin, Half::kWarpBytes);
       copies_commit();
@@ -336,7 +355,8 @@ struct PrefillMover {
   // Between two ranks the only partial is fetched into staging, which is free by then: math warps then wait no more
   // than once, instead of once a batch (7 us a tile).
   __device__ __forceinline__ void announce_partials(const PrefillPlace& at, bool fine) const {
-    if (!fine || s.call.world_size > 2) return barrier_arrive(&h->arrived);
+    if (!fine) raise(&h->abandoned, 1);
+    if (!fine || !T::kTwoRanks) return barrier_arrive(&h->arrived);
     fence_for_copies();
     barrier_expect(&h->arrived, T::kBytes);
     const std::byte* partial = partial_of<T>(a, s, at, schedule.cta, 1 - s.call.rank);
@@ -381,28 +401,24 @@ struct PrefillMover {
     uint32_t* flag = flag_of<T>(a, s, at, schedule.cta, waits ? lane : s.call.rank);
     uint32_t missing = 0;
     const auto ready = [&] {
-      missing = __ballot_sync(kAllLanes, waits && load_sys(flag) == kSentinel);
+      missing = __ballot_sync(kAllLanes, waits && load_acquire(flag) == kSentinel);
       return missing == 0;
     };
     if (!wait_together(s, ready, missing)) return false;
     if (waits) store_sys(flag, kSentinel);
-    __threadfence_system();
     __syncwarp();
     return true;
   }
 
-  // A piece of the rows of y, to every other rank. A lane a row: 70 ns of the copy engine each, so this rank's own
-  // rows are not its work.
+  // Between two ranks: a piece of the rows of y, to the other one. A lane a row: 70 ns of the copy engine each, so this
+  // rank's own rows are not its work.
   __device__ __forceinline__ void send_rows(const PrefillPlace& at, int piece) const {
     constexpr int kRows = T::kTileM / kPieces;
-    const int bytes = 2 * min(T::kTileN, a.n - at.column);
-    const int peers = T::kTwoRanks ? 1 : s.call.world_size - 1;
-    for (int i = lane; i < kRows * peers; i += kWarp) {
-      const int peer = s.peer(1 + i / kRows), row = piece * kRows + i % kRows;
-      if (at.token + row >= a.m) continue;
-      const size_t place = static_cast<size_t>(at.token + row) * a.n + at.column;
-      copy_out(s.call.window[peer] + h->y[peer] + place * 2, staging + row * T::kPitch, bytes);
-    }
+    static_assert(kRows <= kWarp);
+    const int bytes = 2 * min(T::kTileN, a.n - at.column), peer = 1 - s.call.rank, row = piece * kRows + lane;
+    if (lane >= kRows || at.token + row >= a.m) return;
+    const size_t place = static_cast<size_t>(at.token + row) * a.n + at.column;
+    copy_out(s.call.window[peer] + h->y[peer] + place * 2, staging + row * T::kPitch, bytes);
   }
 };
 

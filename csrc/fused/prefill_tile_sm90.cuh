@@ -18,10 +18,10 @@ struct PrefillTile {
   static constexpr int kCluster = kPrefillCluster;
   static constexpr int kTileM = kPrefillTokens / kCluster, kTileN = TileN_;  // of a CTA
   static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kFirstStorer = 10;
-  // Two-shot between two ranks: the last wave's tiles end by halves of their columns, and warps of their own store the
-  // own tiles' sums to this rank's y.
+  // Two-shot between two ranks: the last wave's tiles end by halves of their columns.
   static constexpr bool kHasHalves = kTwoRanks && !kOneShot;
-  static constexpr int kStorers = kHasHalves ? 2 : 0;
+  // Two-shot: warps of their own store the own tiles' sums, to this rank's y; between more ranks, to everybody's.
+  static constexpr int kStorers = kOneShot ? 0 : 2;
   static constexpr int kThreads = (kFirstStorer + kStorers) * kWarp;
   static constexpr int kRowBytes = kBoxColumns * 2;
   static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;

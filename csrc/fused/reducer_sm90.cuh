@@ -31,7 +31,7 @@ struct Reducer {
     if (two_shot()) {
 #pragma unroll 1
       for (int c = first_chunk(); c < end_chunk(); c++) {
-        if (owner_of<T>(c, warp) == s.call.rank) reduce_batch<1>(tile, c, bias);
+        if (owner_of<T>(tile, c, warp) == s.call.rank) reduce_batch<1>(tile, c, bias);
       }
     } else {
 #pragma unroll 1
@@ -46,7 +46,7 @@ struct Reducer {
 #pragma unroll
     for (int b = 0; b < T::kGroupChunks; b++) {
       const int c = first_chunk() + b;
-      if (c >= end_chunk() || owner_of<T>(c, warp) == s.call.rank) continue;
+      if (c >= end_chunk() || owner_of<T>(tile, c, warp) == s.call.rank) continue;
       uint4 out = all_bits_set();
       if (fine && has_tokens<T>(a.m, lane, c)) {
         store_slot(result(tile, c), all_bits_set());
@@ -135,19 +135,19 @@ struct Reducer {
 #pragma unroll
     for (int b = 0; b < T::kGroupChunks; b++) {
       const int c = first_chunk() + b;
-      const bool comes = owner_of<T>(c, warp) != s.call.rank && has_tokens<T>(a.m, lane, c);
+      const bool comes = owner_of<T>(tile, c, warp) != s.call.rank && has_tokens<T>(a.m, lane, c);
       v[b] = comes ? load_slot(result(tile, c)) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int b = 0; b < T::kGroupChunks; b++) {
-      missing |= is_data(v[b]) ? 0 : 1u << owner_of<T>(first_chunk() + b, warp);
+      missing |= is_data(v[b]) ? 0 : 1u << owner_of<T>(tile, first_chunk() + b, warp);
     }
     return __reduce_or_sync(kAllLanes, missing);
   }
 
   // A lane a chunk.
   __device__ __forceinline__ uint32_t watch_results(int tile) const {
-    const int c = first_chunk() + lane, owner = owner_of<T>(c, warp);
+    const int c = first_chunk() + lane, owner = owner_of<T>(tile, c, warp);
     uint32_t missing = 0;
     if (c < end_chunk() && owner != s.call.rank) {
       const auto* word = reinterpret_cast<const uint32_t*>(slot(tile, T::kWorld, c, place_of(a.m, warp, 0)));

@@ -27,8 +27,14 @@ TEST(GemmConfig, FollowsTheTable) {
       {{64, 14336, 2, 132}, "64x64 tiles, 224 in 132 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
       {{64, 14336, 2, 64}, "64x64 tiles, 224 in 64 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
       {{3, 8192, 4, 32}, "128x16 tiles, 64 in 32 CTAs, 6 stages of 64 columns, 4 reducers, one-shot"},
-      {{9, 8192, 4, 132}, "128x16 tiles, 64 in 64 CTAs, 6 stages of 64 columns, 4 reducers, two-shot"},
-      {{40, 8192, 8, 132}, "128x64 tiles, 64 in 64 CTAs, 6 stages of 64 columns, 8 reducers, two-shot"},
+      {{9, 8192, 4, 32}, "128x16 tiles, 64 in 32 CTAs, 6 stages of 64 columns, 4 reducers, two-shot"},
+      {{40, 8192, 8, 16}, "128x64 tiles, 64 in 16 CTAs, 6 stages of 64 columns, 8 reducers, two-shot"},
+      {{16, 8192, 4, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
+      {{17, 8192, 4, 132}, "64x64 tiles, 128 in 128 CTAs, 6 stages of 128 columns, 8 reducers, two-shot"},
+      {{8, 8192, 8, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
+      {{9, 8192, 8, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, two-shot"},
+      {{40, 8192, 8, 132}, "64x64 tiles, 128 in 128 CTAs, 6 stages of 128 columns, 8 reducers, two-shot"},
+      {{64, 16384, 4, 132}, "128x64 tiles, 128 in 128 CTAs, 6 stages of 64 columns, 8 reducers, two-shot"},
       {{2, 8, 2, 132}, "64x16 tiles, 1 in 1 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
       {{2, 584, 2, 132}, "64x16 tiles, 10 in 10 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
       {{16, 2048, 2, 132}, "64x16 tiles, 32 in 32 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
@@ -50,17 +56,14 @@ TEST(GemmConfig, FollowsTheTable) {
   }
 }
 
-TEST(GemmConfig, WhereAPartialLiesDependsOnNothingOfARanksOwn) {
-  for (const int world : {2, 4, 8}) {
-    for (int64_t m = 1; m <= kMaxDecodeTokens; m++) {
-      const auto reference = choose_decode({m, 8192, world, 132});
-      ASSERT_TRUE(reference);
-      for (const int sms : {1, 16, 264}) {
-        const auto other = choose_decode({m, 8192, world, sms});
-        ASSERT_TRUE(other);
-        EXPECT_EQ(other->tile_n, reference->tile_n);
-        EXPECT_EQ(other->tile_m, reference->tile_m);
-        EXPECT_EQ(slot_bytes(*other, world), slot_bytes(*reference, world));
+TEST(GemmConfig, BetweenMoreThanTwoRanksTilesAreSmallWhereEachHasAnSm) {
+  for (const int world : {4, 8}) {
+    for (const int64_t m : {1, 8, 9, 16, 17, 64}) {
+      for (const int sms : {1, 16, 127, 128, 132}) {
+        const auto config = choose_decode({m, 8192, world, sms});
+        ASSERT_TRUE(config);
+        EXPECT_EQ(config->tile_n, sms >= 128 ? 64 : 128) << "m " << m << " world " << world << " SMs " << sms;
+        EXPECT_EQ(config->tile_m, m <= 16 ? 16 : 64);
       }
     }
   }
@@ -109,7 +112,10 @@ TEST(PrefillConfig, FollowsTheTable) {
       // Three waves, but more than two ranks: owners sum the last one, too.
       {{256, 8192, 3, 44}, "256x128 tiles, 1 x 64 in 44 CTAs, 6 stages, two-shot"},
       {{256, 8192, 4, 32}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
-      {{1024, 8192, 4, 32}, ""},
+      {{512, 8192, 4, 132}, ""},  // two waves: too little to hide under
+      {{641, 8192, 4, 132}, "256x128 tiles, 3 x 64 in 132 CTAs, 6 stages, two-shot"},
+      {{2048, 8192, 4, 132}, "256x128 tiles, 8 x 64 in 132 CTAs, 6 stages, two-shot"},
+      {{2048, 8192, 3, 132}, "256x128 tiles, 8 x 64 in 132 CTAs, 6 stages, two-shot"},
       {{256, 8192, 8, 16}, ""},
       {{2048, 576, 2, 132}, ""},
       {{256, 8190, 2, 132}, ""},
@@ -175,8 +181,8 @@ TEST(GemmConfig, WhereHalfOfTheSmsHaveNoTileTwoCtasShareOne) {
   };
   EXPECT_EQ(text(17, 4096, 2048),
             "64x64 tiles, 64 in 128 CTAs by half of k, 6 stages of 128 columns, 4 reducers, one-shot");
-  EXPECT_EQ(text(64, 8192, 2048, 8),
-            "128x64 tiles, 64 in 128 CTAs by half of k, 6 stages of 64 columns, 8 reducers, two-shot");
+  EXPECT_EQ(text(64, 4096, 2048, 8),
+            "64x64 tiles, 64 in 128 CTAs by half of k, 6 stages of 128 columns, 8 reducers, two-shot");
   EXPECT_EQ(text(17, 4096, 2040), "64x64 tiles, 64 in 64 CTAs, 6 stages of 128 columns, 4 reducers, one-shot");
   EXPECT_EQ(text(17, 4288, 2048), "64x64 tiles, 67 in 67 CTAs, 6 stages of 128 columns, 4 reducers, one-shot");
   EXPECT_EQ(text(16, 4096, 2048), "64x16 tiles, 64 in 64 CTAs, 5 stages of 256 columns, 4 reducers, one-shot");

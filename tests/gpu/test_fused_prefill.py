@@ -27,8 +27,8 @@ from tests.gpu.test_fused import (
 SMS = int(os.environ.get("SGLANG_SYMM_SMS", torch.cuda.get_device_properties(0).multi_processor_count))
 CLUSTERS = min(SMS // 2, 64)
 # Rows of a weight that make enough tiles for every number of tokens, on a GPU or a part of one: one wave of tiles of
-# 128 rows between two ranks, two waves between more.
-WIDE = 128 * CLUSTERS * (1 if int(os.environ.get("WORLD_SIZE", "1")) <= 2 else 2)
+# 128 rows between two ranks, three waves between more.
+WIDE = 128 * CLUSTERS * (1 if int(os.environ.get("WORLD_SIZE", "1")) <= 2 else 3)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def is_fused(size, m, n=WIDE):
         return least <= waves and waves >= 0.84 * math.ceil(waves)
 
     if size in (3, 4):
-        return 192 <= m <= 256 and fills(waves(128), 1.85)
+        return m >= 0.75 * 256 * tiles_m and fills(waves(128), 2.5)
     if size != 2:
         return False
     one_shot = 241 <= m <= 256 and waves(128) <= 1 and fills(waves(128), 0.84)
@@ -192,7 +192,7 @@ def test_parts_of_k_that_are_and_are_not_multiples_of_8_are_one_call(group, rank
 def test_a_result_that_outgrows_staging_memory_goes_in_rounds_and_too_small_an_arena_is_told(make, rank, size, capfd):
     case = Case(size, 4000, 4000, 136, torch.bfloat16, bias=True)
     want = case.expected()
-    if size > 2:
+    if size > 4:
         pytest.skip("not fused")
     rounds = make(arena_bytes=256 << 20)  # 16 MB of staging for 32
     for _ in range(3):

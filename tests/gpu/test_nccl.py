@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_symm.distributed.group import Group
-from tests.distributed_cases import gather_objects, inputs, ordered_sum, raised, same_bits
+from tests.distributed_cases import gather_objects, inputs, raised, same_bits
 
 LIMIT = 2.0
 SCRIPT = Path(__file__).with_name("kill_a_peer_nccl.py")
@@ -94,7 +94,10 @@ def test_all_collectives_by_nccl_when_it_is_forced(make, rank, size):
     group = make(nccl="1", algo="nccl")
     before = calls(group)
     xs = inputs(size, [300, 7], torch.float32)
-    assert close(group.all_reduce(xs[rank].cuda()).cpu(), ordered_sum(xs))
+    # NCCL adds in an order of its own: each of size - 1 additions rounds a partial sum, which may be larger than the last.
+    error = group.all_reduce(xs[rank].cuda()).cpu().double() - sum(x.double() for x in xs)
+    bound = (size - 1) * torch.finfo(torch.float32).eps / 2 * sum(x.double().abs() for x in xs)
+    assert (error.abs() <= 1.01 * bound).all()
     sizes = [10 * r for r in range(size)]
     mine = xs[rank][: sizes[rank]].cuda()
     want = torch.cat([x[:n] for x, n in zip(xs, sizes, strict=True)])
