@@ -40,9 +40,9 @@ constexpr Row kDecode[] = {
 
 // What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 240
 // tokens, because tiles hold 256; of N = 8192 257 to 921 between two ranks, where tiles of 256 rows leave SMs idle and
-// those of 128 are slower by product; between three and four up to 640 (four H200s, N = 8192, us, this kernel and cuBLAS
-// with an all-reduce: 512 tokens 65, 69 at K = 2048, 126, 121 at 7168; 768 tokens 89, 98 and 178, 185; 2048 tokens 186,
-// 248 and 412, 505).
+// those of 128 are slower by product; between three and four up to 640 (four H200s, N = 8192, us, this kernel and
+// cuBLAS with an all-reduce: 512 tokens 65, 69 at K = 2048, 126, 121 at 7168; 768 tokens 89, 98 and 178, 185; 2048
+// tokens 186, 248 and 412, 505).
 struct PrefillRow {
   int min_world, max_world;
   int max_m;

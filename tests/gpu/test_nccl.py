@@ -94,7 +94,7 @@ def test_all_collectives_by_nccl_when_it_is_forced(make, rank, size):
     group = make(nccl="1", algo="nccl")
     before = calls(group)
     xs = inputs(size, [300, 7], torch.float32)
-    # NCCL adds in an order of its own: each of size - 1 additions rounds a partial sum, which may be larger than the last.
+    # NCCL adds in an order of its own, and each of size - 1 additions rounds a sum that may be larger than the last.
     error = group.all_reduce(xs[rank].cuda()).cpu().double() - sum(x.double() for x in xs)
     bound = (size - 1) * torch.finfo(torch.float32).eps / 2 * sum(x.double().abs() for x in xs)
     assert (error.abs() <= 1.01 * bound).all()
