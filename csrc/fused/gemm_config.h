@@ -62,8 +62,8 @@ constexpr int sums_pitch(bool one_shot, int tile_n) {
   return 2 * tile_n + (is_for_two_ranks(one_shot, tile_n) ? 16 : 0);
 }
 
-// Nothing when the decode kernel does not take this shape. tile_n, tile_m, tiles and two_shot say where a partial lies in
-// a slot; the shape is all that they depend on, and all ranks know it to be equal.
+// Nothing when the decode kernel does not take this shape. tile_n, tile_m, tiles and two_shot say where a partial lies
+// in a slot; the shape is all that they depend on, and all ranks know it to be equal.
 std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 
 // The same for k columns: where half of the SMs would have no tile, two CTAs share one. A rank's own affair, as k is.
