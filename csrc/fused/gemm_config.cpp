@@ -40,9 +40,9 @@ constexpr Row kDecode[] = {
 
 // What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 240
 // tokens, because tiles hold 256; of N = 8192 257 to 921 between two ranks, where tiles of 256 rows leave SMs idle and
-// those of 128 are slower by product; between three and four up to 640 (four H200s, N = 8192, us, this kernel and
-// cuBLAS with an all-reduce: 512 tokens 65, 69 at K = 2048, 126, 121 at 7168; 768 tokens 89, 98 and 178, 185; 2048
-// tokens 186, 248 and 412, 505).
+// those of 128 are slower by product. Between three and four: up to two waves, and a third or fourth whose tiles are
+// not full (four H200s, N = 8192, us, this kernel and cuBLAS with an all-reduce, K = 2048 and 7168: 512 tokens 65, 69
+// and 126, 121; 768 tokens 89, 98 and 178, 185; 2048 tokens 186, 248 and 412, 505).
 struct PrefillRow {
   int min_world, max_world;
   int max_m;
@@ -55,9 +55,10 @@ struct PrefillRow {
 };
 constexpr double kLeastBusy = 0.84;  // of the waves' SMs: else the last wave costs what the fusion gains
 constexpr PrefillRow kPrefill[] = {
-    {2, 2, 256, 128, 6, true, 0.84, 1.0, 0.94},    //
-    {3, 4, kAny, 128, 6, false, 2.5, kAny, 0.75},  //
-    {2, 2, kAny, 256, 3, false, 1.85, kAny, 0.9},  //
+    {2, 2, 256, 128, 6, true, 0.84, 1.0, 0.94},     //
+    {3, 4, kAny, 128, 6, false, 2.5, 3.95, 0.96},   //
+    {3, 4, kAny, 128, 6, false, 3.95, kAny, 0.88},  //
+    {2, 2, kAny, 256, 3, false, 1.85, kAny, 0.9},   //
 };
 
 // Two-shot between two ranks: a half of the last wave's tiles takes 0.18 us a tile over the link between two H200s (64

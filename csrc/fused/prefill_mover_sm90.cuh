@@ -182,8 +182,8 @@ __device__ __forceinline__ bool exchange_last(const PrefillCuda& a, const Sessio
 }
 
 // Copies that the link cannot take at once stand in the way of the producer's: 64 KB from all SMs together stopped the
-// MMAs for 19 us a tile. So a tile goes piece by piece while the next one is fetched: in three quarters of it, or before
-// a half of that tile is to be carried too.
+// MMAs for 19 us a tile. So a tile goes piece by piece while the next one is fetched: in three quarters of it, or
+// before a half of that tile is to be carried too.
 constexpr int kPieces = 16;
 __device__ __forceinline__ void await_step(const Handover* h, int least) {
   while (*const_cast<const volatile uint32_t*>(&h->step) < static_cast<uint32_t>(least)) __nanosleep(64);
@@ -196,8 +196,8 @@ __device__ __forceinline__ void keep_pace(const PrefillCuda& a, const Handover* 
 }
 
 // A storer, all lanes: the own tiles' sums of half of the math warps, from staging to this rank's y; between more than
-// two ranks also to the others', for which the mover would need 70 ns a row and rank. The math warps' tensor cores would
-// idle meanwhile.
+// two ranks also to the others', for which the mover would need 70 ns a row and rank. The math warps' tensor cores
+// would idle meanwhile.
 template <class T>
 __device__ __forceinline__ void store_own_tiles(const PrefillCuda& a, const Session& s,
                                                 const PrefillSchedule<T>& schedule, int storer, int lane,

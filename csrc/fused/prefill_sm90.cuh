@@ -9,15 +9,16 @@
 // it is summed, and both halves of the traffic hide under the MMAs; what is left is the way of the last tiles' sums.
 //
 // A cluster of two CTAs takes 256 tokens x kTileN rows of the weight, each CTA 128 of the tokens; each fetches half of
-// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover, two storers (two-shot
-// between two ranks).
+// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover, two storers
+// (two-shot).
 //
 //   stage s    full[s]: its bytes have landed, of both CTAs' copies     empty[s]: 16 math warps of both have read it;
 //              halves have a ring of their own over the same memory, with smaller stages
 //   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out,
 //              also by the storers, each of which says stored = i + 1
 //   arrived    a barrier, a phase a tile of the own: its partials are here (between two ranks: in staging)
-//   abandoned  the mover keeps the time of the math warps' waits in the last visit one-shot, see below
+//   abandoned  what a peer was to send will not come: for math warps in the last visit one-shot, see below, whose time
+//              the mover keeps; between more ranks for storers, who then send nobody a sum of it
 //   partials   in the owner's arena, with a flag a tile in its slots: 1 when all of it has been written, then the
 //              sentinel again. The closing barrier holds a rank until its peers have summed what it sent, and nothing
 //              is sent before the call before has ended, hence staging memory is free between calls

@@ -6,7 +6,8 @@
 //
 //   one-shot   reduce(tile i)                                   everybody sums everything
 //   two-shot   reduce(tile i)   own chunks, pushes the sums     collect(tile i - 1)   the others', a tile late: by then
-//                                                               they have come while other tiles streamed
+//                                                               they have come while other tiles streamed, if there
+//                                                               are others
 #pragma once
 
 #include "fused/epilogue_sm90.cuh"

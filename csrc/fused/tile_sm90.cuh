@@ -44,8 +44,8 @@ struct Tile {
   static constexpr int kMathWarps = 4;
   static constexpr int kProducer = kMathWarps + kReducers;  // the last warp
   static constexpr int kThreads = (kProducer + 1) * kWarp;
-  // The MMAs of a stage run while those of the next are issued, for a stage less under way. With an SM for each tile
-  // that is the worse: it waits for memory.
+  // The MMAs of a stage run while those of the next are issued, for a stage less under way. Tiles of 64 rows
+  // are the worse for it: they are for all SMs of a GPU, which wait for memory.
   static constexpr bool kOverlapped = kTileN == 128;
   static constexpr int kLeastStages = kOverlapped ? 2 : 1;
   // Few enough for two CTAs on an SM where shared memory has room for them: the next kernel's weights then stream while
@@ -77,11 +77,11 @@ __device__ __forceinline__ std::byte* results_of(const DecodeCuda& a, const Sess
   return slot_of<T>(a, s, rank, T::kWorld, tile);
 }
 
-// Whose a warp's part of a chunk is in two-shot: few tokens or many, every rank has as much as any other. A tile of one
-// chunk has fewer parts than there are ranks: then tiles take turns.
+// Whose a warp's part of a chunk is in two-shot: few tokens or many, every rank has as much as any other. Tiles of 64
+// rows have few chunks, at times an odd number: then tiles take turns.
 template <class T>
 __device__ __forceinline__ int owner_of(int tile, int chunk, int warp) {
-  return (chunk + 2 * warp + (T::kChunks == 1 ? tile : 0)) & (T::kWorld - 1);
+  return (chunk + 2 * warp + (T::kTileN == 64 ? tile : 0)) & (T::kWorld - 1);
 }
 
 }  // namespace sglang_symm::device

@@ -71,12 +71,14 @@ TEST(GemmConfig, BetweenMoreThanTwoRanksTilesAreSmallWhereEachHasAnSm) {
 
 TEST(GemmConfig, FitsTheSharedMemoryOfAnSmAndHoldsEveryToken) {
   for (const int world : {2, 4, 8}) {
-    for (int64_t m = 1; m <= kMaxDecodeTokens; m++) {
-      const auto config = choose_decode({m, 8192, world, 132});
-      ASSERT_TRUE(config);
-      EXPECT_GE(config->tile_m, m);
-      EXPECT_LE(shared_bytes(*config), size_t{227} << 10);
-      EXPECT_GE(int64_t{config->tiles} * config->tile_n, 8192);
+    for (const int sms : {16, 132}) {
+      for (int64_t m = 1; m <= kMaxDecodeTokens; m++) {
+        const auto config = choose_decode({m, 8192, world, sms});
+        ASSERT_TRUE(config);
+        EXPECT_GE(config->tile_m, m);
+        EXPECT_LE(shared_bytes(*config), size_t{227} << 10);
+        EXPECT_GE(int64_t{config->tiles} * config->tile_n, 8192);
+      }
     }
   }
 }
@@ -113,7 +115,10 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{256, 8192, 3, 44}, "256x128 tiles, 1 x 64 in 44 CTAs, 6 stages, two-shot"},
       {{256, 8192, 4, 32}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
       {{512, 8192, 4, 132}, ""},  // two waves: too little to hide under
-      {{641, 8192, 4, 132}, "256x128 tiles, 3 x 64 in 132 CTAs, 6 stages, two-shot"},
+      {{700, 8192, 4, 132}, ""},  // three waves of tiles that are not full
+      {{750, 8192, 4, 132}, "256x128 tiles, 3 x 64 in 132 CTAs, 6 stages, two-shot"},
+      {{1570, 8192, 4, 132}, ""},
+      {{1850, 8192, 4, 132}, "256x128 tiles, 8 x 64 in 132 CTAs, 6 stages, two-shot"},
       {{2048, 8192, 4, 132}, "256x128 tiles, 8 x 64 in 132 CTAs, 6 stages, two-shot"},
       {{2048, 8192, 3, 132}, "256x128 tiles, 8 x 64 in 132 CTAs, 6 stages, two-shot"},
       {{256, 8192, 8, 16}, ""},

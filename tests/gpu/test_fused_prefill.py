@@ -55,7 +55,8 @@ def is_fused(size, m, n=WIDE):
         return least <= waves and waves >= 0.84 * math.ceil(waves)
 
     if size in (3, 4):
-        return m >= 0.75 * 256 * tiles_m and fills(waves(128), 2.5)
+        full = 0.96 if waves(128) <= 3.95 else 0.88
+        return m >= full * 256 * tiles_m and fills(waves(128), 2.5)
     if size != 2:
         return False
     one_shot = 241 <= m <= 256 and waves(128) <= 1 and fills(waves(128), 0.84)

@@ -550,6 +550,7 @@ std::vector<Kind> every_kind(uint64_t seeds) {
   const Kind each[] = {{2, 20, 96, decode_config(2, 20, 96, 2)},
                        {4, 3, 200, decode_config(4, 3, 200, 2)},
                        {4, 20, 200, two_shot},
+                       {8, 12, 120, decode_config(8, 12, 120, 2)},
                        {2, 100, 136, prefill_config(2, 100, 136, 2, true)},
                        {2, 100, 504, prefill_config(2, 100, 504, 1, false)},
                        {3, 100, 376, prefill_config(3, 100, 376, 2, false)},
