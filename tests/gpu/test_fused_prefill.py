@@ -27,8 +27,8 @@ from tests.gpu.test_fused import (
 SMS = int(os.environ.get("SGLANG_SYMM_SMS", torch.cuda.get_device_properties(0).multi_processor_count))
 CLUSTERS = min(SMS // 2, 64)
 # Rows of a weight that make enough tiles for every number of tokens, on a GPU or a part of one: one wave of tiles of
-# 128 rows between two ranks, three waves between more.
-WIDE = 128 * CLUSTERS * (1 if int(os.environ.get("WORLD_SIZE", "1")) <= 2 else 3)
+# 128 rows for 256 tokens.
+WIDE = 128 * CLUSTERS
 
 
 @pytest.fixture(scope="module")
