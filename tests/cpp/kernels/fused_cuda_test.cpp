@@ -554,6 +554,7 @@ std::vector<Kind> every_kind(uint64_t seeds) {
                        {2, 100, 136, prefill_config(2, 100, 136, 2, true)},
                        {2, 100, 504, prefill_config(2, 100, 504, 1, false)},
                        {3, 100, 376, prefill_config(3, 100, 376, 2, false)},
+                       {4, 100, 632, prefill_config(4, 100, 632, 1, false)},
                        {2, 100, 760, prefill_config(2, 100, 760, 1, false)}};
   std::vector<Kind> all;
   for (uint64_t seed = 0; seed < seeds; seed++) {
