@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that is to be known of a machine of several GPUs, in one call of less than 9 minutes:
+# A machine of several GPUs, tuned, measured and tested in one call of less than 9 minutes:
 #
 #     OUT=results benchmarks/many_gpus.sh [P]           P: ranks, a GPU each; default: all GPUs
 #
 #   tune      the tuning table of P ranks, which the steps after it choose by
 #   bench     all_reduce, reduce_scatter, all_gather from 2 KB to 256 MB beside NCCL, its window, torch's symmetric memory
 #   linear    row_parallel_linear at Llama-3-70B shapes, 1 to 2048 tokens
-#   tests     the GPU tests over P ranks; a Llama at TP=3 and, with 8 GPUs, at attention-DP x attention-TP 2x3
-#   layers    a decode step and a prefill of Llama-3-70B's layers, as many as fit (P = 2: of Llama-3-8B)
+#   tests     the GPU tests over P ranks; a Llama at TP=3 and, from 6 GPUs on, at attention-DP x attention-TP 2x3
+#   layers    a decode step and a prefill of all of Llama-3-70B's layers (P = 2, 3: of Llama-3-8B's)
 #   smollm2   SmolLM2's tokens against transformers, when SMOLLM2 names its .gguf file
 #
 # $OUT receives summary.log (what every step printed, and how it ended), figures as plots, and many_gpus.tar.gz with the

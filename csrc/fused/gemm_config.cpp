@@ -41,8 +41,8 @@ constexpr Row kDecode[] = {
 // What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 240
 // tokens, because tiles hold 256; of N = 8192 257 to 921 between two ranks, where tiles of 256 rows leave SMs idle and
 // those of 128 are slower by product. Between three and four: up to two waves, and a third or fourth whose tiles are
-// not full (four H200s, N = 8192, us, this kernel and cuBLAS with an all-reduce, K = 2048 and 7168: 512 tokens 65, 69
-// and 126, 121; 768 tokens 89, 98 and 178, 185; 2048 tokens 186, 248 and 412, 505).
+// not full, or a later one's (four H200s, N = 8192, us, this kernel and cuBLAS with an all-reduce, K = 2048 and 7168:
+// 512 tokens 70, 69 and 128, 121; 768 tokens 89, 98 and 178, 185; 2048 tokens 185, 248 and 408, 499).
 struct PrefillRow {
   int min_world, max_world;
   int max_m;
