@@ -552,6 +552,7 @@ std::vector<Kind> every_kind(uint64_t seeds) {
                        {4, 20, 200, two_shot},
                        {8, 12, 120, decode_config(8, 12, 120, 2)},
                        {2, 100, 136, prefill_config(2, 100, 136, 2, true)},
+                       {2, 100, 248, prefill_config(2, 100, 248, 1, false)},
                        {2, 100, 504, prefill_config(2, 100, 504, 1, false)},
                        {3, 100, 376, prefill_config(3, 100, 376, 2, false)},
                        {4, 100, 632, prefill_config(4, 100, 632, 1, false)},
