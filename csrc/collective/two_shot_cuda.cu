@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kMaxWorkers + kWarp, 1) reduce_scatter(const _
     }
     store_chunk<Type>(a.out, i, a.count, is_aligned(a.out), sum);
   };
-  // Sums two rounds of the grid behind what is sent, 10 MB between four ranks: the link and the memory are busy
+  // Sums come two rounds of the grid behind what is sent, 6.5 MB between four ranks: the link and the memory are busy
   // together.
   constexpr uint32_t kBehind = 2;
   uint32_t most = 0;

@@ -2,7 +2,7 @@
 //
 //   rank 0    | tiles that rank 1 owns           | tiles that it owns itself              | closing
 //   math      | MMA 0  | MMA 1  | MMA 2  | ..    | MMA + sum  | MMA + sum  | ..           | barrier
-//   mover     |        | 0 -> 1 | 1 -> 1 | ..            | y -> all | y -> all |          |
+//   mover     |        | 0 -> 1 | 1 -> 1 | ..            | y -> 1   | y -> 1   |          |
 //   rank 1    | tiles that rank 0 owns           | tiles that it owns itself              |
 //
 // Every rank visits its own tiles last and in the same order as the others send them, so a partial has come long before

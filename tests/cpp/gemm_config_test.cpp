@@ -114,6 +114,7 @@ TEST(PrefillConfig, FollowsTheTable) {
       // Three waves, but more than two ranks: owners sum the last one, too.
       {{256, 8192, 3, 44}, "256x128 tiles, 1 x 64 in 44 CTAs, 6 stages, two-shot"},
       {{256, 8192, 4, 32}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
+      {{1024, 8192, 4, 32}, "256x128 tiles, 4 x 64 in 32 CTAs, 6 stages, two-shot"},
       {{512, 8192, 4, 132}, ""},  // two waves: too little to hide under
       {{700, 8192, 4, 132}, ""},  // three waves of tiles that are not full
       {{750, 8192, 4, 132}, "256x128 tiles, 3 x 64 in 132 CTAs, 6 stages, two-shot"},
