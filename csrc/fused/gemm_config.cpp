@@ -1,7 +1,6 @@
 #include "fused/gemm_config.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "base/error.h"
 
@@ -38,33 +37,37 @@ constexpr Row kDecode[] = {
     {8, 64, 128, 64, 1, 6, 8, true, false, kAny},  //
 };
 
-// What loses to the library's GEMM and an all-reduce at some k has no row (docs/fused.md has the figures): up to 240
-// tokens, because tiles hold 256; of N = 8192 257 to 921 between two ranks, where tiles of 256 rows leave SMs idle and
-// those of 128 are slower by product. Between three and four: up to two waves, and a third or fourth whose tiles are
-// not full, or a later one's (four H200s, N = 8192, us, this kernel and cuBLAS with an all-reduce, K = 2048 and 7168:
-// 512 tokens 70, 69 and 128, 121; 768 tokens 89, 98 and 178, 185; 2048 tokens 185, 248 and 408, 499).
+// What loses to the library's GEMM and an all-reduce at some k has no row. A visit is a tile of each cluster; full is
+// how much of what all clusters could multiply in their visits is asked for. Between two H200s, N = 8192, us, this
+// kernel and cuBLAS with an all-reduce, K = 4096 and 14336: wide tiles, 1 visit, 512 tokens 70, 73 and 200, 206 (450
+// tokens 70, 66 and 201, 190); 2 visits, 1024 tokens 122, 148 and 385, 418 (900 tokens 119, 129 and 366, 361); 4
+// visits, 2048 tokens 230, 311 and 737, 828. Narrow ones, 3 visits, 768 tokens 98, 112 and 292, 302; 5 visits, 1280
+// tokens 154, 186. Between three and four: up to two waves, and a third or fourth whose tiles are not full, or a later
+// one's, have none (four H200s, N = 8192, us, K = 2048 and 7168: 512 tokens 70, 69 and 128, 121; 768 tokens 89, 98 and
+// 178, 185; 2048 tokens 185, 248 and 408, 499).
 struct PrefillRow {
   int min_world, max_world;
   int max_m;
   int tile_n, stages;
-  bool one_shot;
-  // Tiles over clusters. Fewer: nothing to hide under (two-shot), or the library, which cuts k, is faster. More:
-  // one-shot hides nothing.
-  double least_waves, most_waves;
-  double least_full;  // tokens over those that the tiles hold
+  int least_visits, most_visits;
+  double least_full;
 };
-constexpr double kLeastBusy = 0.84;  // of the waves' SMs: else the last wave costs what the fusion gains
 constexpr PrefillRow kPrefill[] = {
-    {2, 2, 256, 128, 6, true, 0.84, 1.0, 0.94},     //
-    {3, 4, kAny, 128, 6, false, 2.5, 3.95, 0.96},   //
-    {3, 4, kAny, 128, 6, false, 3.95, kAny, 0.88},  //
-    {2, 2, kAny, 256, 3, false, 1.85, kAny, 0.9},   //
+    {2, 2, 256, 128, 6, 1, 1, 0.91},       //
+    {2, 2, kAny, 256, 3, 1, 1, 0.92},      //
+    {2, 2, kAny, 256, 3, 2, 2, 0.91},      //
+    {2, 2, kAny, 128, 6, 3, 3, 0.92},      //
+    {2, 2, kAny, 128, 6, 5, 15, 0.9},      //
+    {2, 2, kAny, 256, 3, 3, kAny, 0.87},   //
+    {3, 4, kAny, 128, 6, 3, 4, 0.93},      //
+    {3, 4, kAny, 128, 6, 5, kAny, 0.853},  //
 };
 
-// Two-shot between two ranks: a half of the last wave's tiles takes 0.18 us a tile over the link between two H200s (64
-// KB at 361 GB/s), a step of half of a tile 0.40 us. 0, 18 to 22, 26 to 31 and 34 steps for 58 tiles, K = 4096, 2048
-// tokens: 221.5, 219.3, 215.5 and 216.1 us.
-constexpr int kLateSteps = 9, kOfTiles = 20;
+// Between two ranks half of the last visit's tiles takes 0.18 us a tile over the link between two H200s (64 KB at 361
+// GB/s), a step of half of a tile 0.40 us. 0, 18 to 22, 26 to 31 and 34 steps for 58 tiles, K = 4096, 2048 tokens:
+// 221.5, 219.3, 215.5 and 216.1 us. Of narrow tiles halves take too long: 0, 4, 8 steps, 768 tokens: 97.8, .., 100.6
+// us.
+constexpr int kLateSteps = 9, kOfTiles = 20, kLeastHalved = 256;
 
 constexpr int64_t kLongest = int64_t{1} << 30;  // coordinates are 32-bit
 
@@ -118,16 +121,15 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
   const int clusters = s.sms / kPrefillCluster;
   if (clusters < 1 || s.m > kLongest || s.n > kLongest) return std::nullopt;
   for (const PrefillRow& row : kPrefill) {
-    PrefillConfig wish{};
-    wish.tile_n = row.tile_n;
-    wish.stages = row.stages;
-    wish.one_shot = row.one_shot;
-    wish.ctas = kPrefillCluster * clusters;
-    const PrefillConfig c = with_tokens(wish, s.m, s.n, s.world_size);
-    const double waves = static_cast<double>(c.tiles_m) * c.tiles_n / clusters;
     if (s.world_size < row.min_world || s.world_size > row.max_world || s.m > row.max_m) continue;
-    if (static_cast<double>(s.m) < row.least_full * c.tiles_m * kPrefillTokens) continue;
-    if (waves < row.least_waves || waves > row.most_waves || waves < kLeastBusy * std::ceil(waves)) continue;
+    const PrefillConfig c = with_tokens(
+        {.tile_n = row.tile_n, .stages = row.stages, .ctas = kPrefillCluster * clusters}, s.m, s.n, s.world_size);
+    const int visits = over(int64_t{c.tiles_m} * c.tiles_n, clusters);
+    if (visits < row.least_visits || visits > row.most_visits) continue;
+    // Two narrow visits are a wide one, and take longer.
+    if (s.world_size == 2 && row.least_visits > 1 && row.tile_n == 128 && visits % 2 == 0) continue;
+    const double most = static_cast<double>(visits) * clusters * kPrefillTokens * row.tile_n;
+    if (static_cast<double>(s.m) * static_cast<double>(s.n) < row.least_full * most) continue;
     return c;
   }
   return std::nullopt;
@@ -147,22 +149,9 @@ size_t shared_bytes(const GemmConfig& c) {
 }
 
 size_t slot_bytes(const PrefillConfig& c, int world_size) {
-  const size_t tiles = static_cast<size_t>(world_size) * static_cast<size_t>(c.last);
-  return flag_bytes(c, world_size) + tiles * static_cast<size_t>(kPrefillTokens * c.tile_n) * 2;
-}
-
-size_t flag_bytes(const PrefillConfig& c, int world_size) {
-  constexpr size_t kLine = 128;
-  const size_t flags = static_cast<size_t>(world_size) * static_cast<size_t>(c.share * kPrefillCluster);
-  return (flags * sizeof(uint32_t) + kLine - 1) / kLine * kLine;
-}
-
-size_t slot_bytes_of_rounds(const PrefillConfig& c, int64_t tokens, int64_t m, int64_t n, int world_size) {
-  size_t most = 0;
-  for (const int64_t count : {tokens, (m - 1) % tokens + 1}) {
-    most = std::max(most, slot_bytes(with_tokens(c, count, n, world_size), world_size));
-  }
-  return most;
+  const size_t parts = static_cast<size_t>(kPrefillTokens * c.tile_n) * 2;
+  if (c.share == 0) return static_cast<size_t>(c.tiles_m) * static_cast<size_t>(c.tiles_n) * parts;
+  return static_cast<size_t>(world_size) * static_cast<size_t>(c.share * kPrefillCluster) * sizeof(uint32_t);
 }
 
 PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size) {
@@ -170,43 +159,38 @@ PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size)
   c.tiles_n = over(n, c.tile_n);
   const int64_t tiles = int64_t{c.tiles_m} * c.tiles_n;
   c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, kPrefillCluster * tiles));
-  // Two-shot between two ranks: the last wave's are both ranks'. Not of two waves: the first would have all own tiles,
-  // which then wait for partials of the same visit.
-  const int64_t clusters = c.ctas / kPrefillCluster, waves = over(tiles, clusters);
-  const int64_t last_wave = world_size == 2 && waves != 2 ? tiles - (waves - 1) * clusters : 0;
-  c.last = static_cast<int>(c.one_shot ? tiles : last_wave);
-  c.share = over(tiles - c.last, world_size);
-  c.late_steps = c.one_shot ? 0 : over(c.last * kLateSteps, kOfTiles);
+  const int64_t clusters = c.ctas / kPrefillCluster, last_visit = tiles - (over(tiles, clusters) - 1) * clusters;
+  c.share = world_size > 2 ? over(tiles, world_size) : 0;
+  c.late_steps = c.share == 0 && c.tile_n >= kLeastHalved ? over(last_visit * kLateSteps, kOfTiles) : 0;
   return c;
 }
 
 size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int world_size) {
-  if (config.one_shot) return 0;
   const PrefillConfig c = with_tokens(config, m, n, world_size);
+  if (c.share == 0) return 0;
   const int64_t partials = int64_t{world_size - 1} * c.share * kPrefillTokens * c.tile_n * 2;
   return static_cast<size_t>(std::max(partials, m * n * 2));
 }
 
-int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t have) {
+int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t have_slots,
+                       size_t have_staging) {
   for (int64_t rounds = 1;; rounds++) {
     const int64_t tokens = int64_t{over(over(m, rounds), kPrefillTokens)} * kPrefillTokens;
     if (rounds > 1 && tokens < kLeastRound) return 0;
     const int64_t count = std::min(tokens, m);
-    if (staging_bytes(config, count, n, world_size) <= have) return count;
+    const bool has_slots = slot_bytes(with_tokens(config, count, n, world_size), world_size) <= have_slots;
+    if (has_slots && staging_bytes(config, count, n, world_size) <= have_staging) return count;
   }
 }
 
 size_t shared_bytes(const PrefillConfig& c) {
   constexpr int kTokens = kPrefillTokens / kPrefillCluster, kRow = 2 * kBoxColumns, kAlignment = 1024;
-  const int stages = c.stages * (kTokens + c.tile_n) * kRow;
-  const int staging = c.one_shot ? 0 : kTokens * sums_pitch(c.one_shot, c.tile_n);
-  return static_cast<size_t>(stages + staging + kAlignment);
+  return static_cast<size_t>(c.stages * (kTokens + c.tile_n) * kRow + kTokens * c.tile_n * 2 + kAlignment);
 }
 
 std::string to_string(const PrefillConfig& c) {
   return cat(kPrefillTokens, "x", c.tile_n, " tiles, ", c.tiles_m, " x ", c.tiles_n, " in ", c.ctas, " CTAs, ",
-             c.stages, " stages, ", c.one_shot ? "one-shot" : "two-shot",
-             c.one_shot || c.last == 0 ? "" : cat(", the last ", c.last, " one-shot"));
+             c.stages, " stages, ", c.share == 0 ? "one-shot" : "two-shot");
 }
 
 std::string to_string(const GemmConfig& c) {

@@ -39,28 +39,19 @@ constexpr int kMaxDecodeTokens = 64;
 // Many tokens. A tile is 256 tokens x tile_n rows of the weight, by a cluster of two CTAs on neighbouring SMs, with 128
 // of the tokens each.
 struct PrefillConfig {
-  int tile_n;            // rows of the weight a tile
-  int stages;            // of 64 columns in shared memory
-  int tiles_m, tiles_n;  // tiles along the tokens, along the weight
-  int last;              // of them, at the end, that every rank sums: all (one_shot), the last wave's, or none
-  int share;             // of the others, that a rank owns: tile t is of rank t / share, who sums it and sends the sums
-  int ctas;
-  int late_steps;  // of k, at the end of the last wave's tiles: half of the rows first, then the others; 0 if one_shot
-  bool one_shot;
+  int tile_n;  // rows of the weight a tile
+  int stages;  // of 64 columns in shared memory
+  int ctas;    // an even number
+  // What follows from them and a shape:
+  int tiles_m = 0, tiles_n = 0;  // tiles along the tokens, along the weight
+  int share = 0;  // of them, that a rank owns: tile t is of rank t / share, who sums it and sends the sums; 0 between
+                  // two ranks: each sums all for itself
+  int late_steps = 0;  // of k, at the end of a cluster's last tile: half of the rows first, then the others (two ranks)
   friend bool operator==(const PrefillConfig&, const PrefillConfig&) = default;
 };
 
 constexpr int kPrefillTokens = 256;  // a tile
 constexpr int kPrefillCluster = 2;   // CTAs
-// A prefill kernel has the sum of two ranks or that of more: with both in it, it spills more registers.
-constexpr bool is_for_two_ranks(bool one_shot, int tile_n) {
-  return one_shot || tile_n > 128;
-}
-// Bytes from a row of sums to the next in shared memory. Between two ranks 16 lie between them: the rows of an 8 x 8
-// matrix are then in other banks.
-constexpr int sums_pitch(bool one_shot, int tile_n) {
-  return 2 * tile_n + (is_for_two_ranks(one_shot, tile_n) ? 16 : 0);
-}
 
 // Nothing when the decode kernel does not take this shape. tile_n, tile_m, tiles and two_shot say where a partial lies
 // in a slot; the shape is all that they depend on, and all ranks know it to be equal.
@@ -79,28 +70,25 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
 
 // The same tiles for another number of tokens.
 PrefillConfig with_tokens(PrefillConfig config, int64_t m, int64_t n, int world_size);
-// A call whose result outgrows staging memory goes in rounds of at least this many tokens.
+// A call that outgrows slots or staging memory goes in rounds of at least this many tokens.
 constexpr int64_t kLeastRound = 1024;
-// Tokens of each round but the last; 0 when staging memory is too small for rounds.
-int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t staging_bytes);
+// Tokens of each round but the last; 0 when they are too small for rounds.
+int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t slot_bytes,
+                       size_t staging_bytes);
 // Of staging memory, twice: for the partials that an owner receives, and for a y that lies outside of the arena.
 size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int world_size);
 
 // Bytes of slots a parity: every source's whole result, and the sums that owners push (two_shot).
 size_t slot_bytes(const GemmConfig& config, int world_size);
-// Flags of partials, and behind them every source's part of the tiles that all ranks sum.
+// Between two ranks the other's part of all tiles, else flags of partials.
 size_t slot_bytes(const PrefillConfig& config, int world_size);
-size_t flag_bytes(const PrefillConfig& config, int world_size);
-// What any round of a call in rounds of `tokens` takes. The last one may have more tiles that both ranks sum than a
-// full one.
-size_t slot_bytes_of_rounds(const PrefillConfig& config, int64_t tokens, int64_t m, int64_t n, int world_size);
 // Dynamic shared memory a CTA.
 size_t shared_bytes(const GemmConfig& config);
 size_t shared_bytes(const PrefillConfig& config);
 // "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"; "64x16 tiles, 64 in 128 CTAs by half
 // of k, ..."
 std::string to_string(const GemmConfig& config);
-// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"
+// "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, one-shot"
 std::string to_string(const PrefillConfig& config);
 
 }  // namespace sglang_symm

@@ -13,23 +13,21 @@
 namespace sglang_symm {
 
 struct PrefillCuda {
-  CallCuda call;        // the descriptor's dtype is bfloat16 or float16; not one_shot: offset_out is y's in the arena
-  void* y;              // [m, n], contiguous, 16-byte aligned
+  CallCuda call;        // the descriptor's dtype is bfloat16 or float16; more than two ranks: offset_out is y's
+  void* y;              // [m, n], contiguous, 16-byte aligned; between more than two ranks in the arena
   const void* bias;     // [n], 4-byte aligned, or nullptr
   const void* partial;  // this rank's product [m, n], where the copy engine does not take its operands; else nullptr
   int m, n;
   int k_steps;     // stages of 64 columns
-  int late_steps;  // of them, at the end of a tile that every rank sums (not one_shot), by halves of the rows
+  int late_steps;  // of them, at the end of a CTA's last tile, by halves of the rows of the weight (two ranks)
   int stages;
   int tiles_m, tiles_n;  // of a cluster: 256 tokens x tile_n rows of the weight
-  int last;              // of them, at the end, that every rank sums for itself: all (one_shot), some or none
-  int share;             // of the others, that a rank owns, the last ranks fewer
+  int share;             // of them, that a rank owns, the last ranks fewer; 0: two ranks, each sums all
   // No kernel that is in flight writes the weight: it is fetched while the previous kernel ends.
   bool static_weight;
   size_t slots;  // offset in every arena: [2 parities][slot_bytes]
   size_t slot_bytes;
-  size_t pushed;    // offset in the slots of a parity, behind the flags: what ranks push of the tiles that all sum
-  size_t partials;  // offset in every arena of the staging memory that owners receive partials in (not one_shot)
+  size_t partials;  // more than two ranks: offset in every arena of the staging memory that owners receive partials in
 };
 
 // Puts the kernel into the stream. x [m, k], weight [n, k]; `args` without what `config` gives.

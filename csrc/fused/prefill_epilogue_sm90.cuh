@@ -1,4 +1,4 @@
-// The prefill kernel, from accumulators to sums: rounded partials, their sum in rank order, and the one-shot exchange.
+// The prefill kernel, from accumulators to sums: rounded partials, and their sum in rank order.
 #pragma once
 
 #include "fused/prefill_tile_sm90.cuh"
@@ -165,93 +165,5 @@ struct PrefillEpilogue {
     }
   }
 };
-
-// ---- one-shot, between two ranks ----
-
-// A tile that every rank sums: `number` of `tiles` that lie in the slots. Whole: rows outside of y are sent as well.
-template <class T, bool Whole>
-struct PrefillExchange {
-  const PrefillEpilogue<T>& end;
-  const PrefillPlace& at;
-  int number, tiles, cta;
-
-  using Rounded = typename PrefillEpilogue<T>::Rounded;
-
-  // Where `source` leaves this CTA's tile on `rank`.
-  __device__ __forceinline__ std::byte* slot(int rank, int source) const {
-    const PrefillCuda& a = end.a;
-    const Session& s = end.s;
-    const size_t tile = (static_cast<size_t>(source) * tiles + number) * T::kCluster + cta;
-    return s.call.window[rank] + a.slots + s.parity() * a.slot_bytes + a.pushed + tile * T::kBytes;
-  }
-  __device__ __forceinline__ bool comes(int c) const { return Whole || end.token(at, c) < end.a.m; }
-
-  __device__ __forceinline__ void push(const Rounded& own) const {
-    std::byte* const to = slot(1 - end.s.call.rank, end.s.call.rank);
-#pragma unroll
-    for (int c = 0; c < T::kChunks; c++) {
-      if (comes(c)) store_slot(to + end.within(c), own[c]);
-    }
-  }
-
-  // y of the tile; own as in sum_of_two. wait(ready, missing) is as wait_together. False once something did not come:
-  // then the rest of the tile is NaN.
-  template <int Batch, class Own, class Wait>
-  __device__ __forceinline__ bool sum(const Own& own, bool fine, const Wait& wait) const {
-    const PrefillCuda& a = end.a;
-    const Session& s = end.s;
-    std::byte* const from = slot(s.call.rank, 1 - s.call.rank);
-    const auto load = [&](int r, int c, uint4(&v)[Batch]) {
-      const auto ready = [&] {
-        // The last chunk that was sent tells when a look is worth while: a wait takes no bandwidth from what comes.
-        bool all = true;
-        const int last = c + Batch - 1;
-        if (comes(last)) all = load_sys(reinterpret_cast<const uint32_t*>(from + end.within(last))) != kSentinel;
-        if (!__all_sync(kAllLanes, all)) return false;
-#pragma unroll
-        for (int b = 0; b < Batch; b++) {
-          v[b] = comes(c + b) ? load_slot(from + end.within(c + b)) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int b = 0; b < Batch; b++) all &= is_data(v[b]);
-        return __all_sync(kAllLanes, all) != 0;
-      };
-      const uint32_t missing = 1u << r;
-      if (fine) fine = wait(ready, missing);
-      if (!fine) return;
-#pragma unroll
-      for (int b = 0; b < Batch; b++) {
-        if (comes(c + b)) store_slot(from + end.within(c + b), all_bits_set());
-      }
-    };
-    auto* y = static_cast<uint16_t*>(a.y);
-    const auto store = [&](int c, uint4 v) {
-      const int row = end.token(at, c), column = at.column + 32 * (c >> 1) + 8 * (end.lane & 3);
-      v = fine ? end.rows(v) : all_bits_set();
-      if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
-    };
-    end.template sum_of_two<Batch>(at, own, load, store);
-    return fine;
-  }
-};
-
-// The one-shot kernel's math warp: all tiles are everybody's.
-template <class T>
-__device__ __forceinline__ bool reduce_one_shot(const PrefillCuda& a, const Session& s, const PrefillPlace& at, int cta,
-                                                int visit, int warp, int lane, bool fine,
-                                                const float (&d)[T::kTileN / 2]) {
-  const PrefillEpilogue<T> end{a, s, warp, lane};
-  const PrefillExchange<T, false> exchange{end, at, at.index, a.last, cta};
-  // Rounded once, in half of the accumulators' registers: all are needed behind waits.
-  typename PrefillEpilogue<T>::Rounded own;
-  end.round(at, d, own);
-  if (s.alive) exchange.push(own);
-  stamp(Stamp::pushed, visit);
-  const auto wait = [&](const auto& ready, const uint32_t& missing) { return wait_together(s, ready, missing); };
-  constexpr int kBatch = PrefillEpilogue<T>::kBatch;
-  fine = exchange.template sum<kBatch>([&](int c) { return own[c]; }, fine, wait);
-  stamp(Stamp::summed, visit);
-  return fine;
-}
 
 }  // namespace sglang_symm::device

@@ -10,22 +10,14 @@ namespace {
 
 using Kernel = void (*)(CUtensorMap, CUtensorMap, PrefillCuda);
 
-struct Instance {
-  Kernel kernel = nullptr;
-  int threads = 0, most_stages = 0;
-};
-
-template <class T>
-Instance instance() {
-  return {&device::prefill<T>, T::kThreads, T::kHasHalves ? device::kMaxHalvedStages : device::kMaxPrefillStages};
-}
 template <class Type>
-Instance find_instance(const PrefillConfig& c) {
+Kernel find_kernel(const PrefillConfig& c) {
   using device::PrefillTile;
-  if (c.one_shot) return c.tile_n == 128 ? instance<PrefillTile<Type, 128, true>>() : Instance{};
-  if (c.tile_n == 128) return instance<PrefillTile<Type, 128, false>>();
-  if (c.tile_n == 256) return instance<PrefillTile<Type, 256, false>>();
-  return {};
+  const bool two_ranks = c.share == 0;
+  if (two_ranks && c.tile_n == 128) return &device::prefill<PrefillTile<Type, 128, true>>;
+  if (two_ranks && c.tile_n == 256) return &device::prefill<PrefillTile<Type, 256, true>>;
+  if (!two_ranks && c.tile_n == 128) return &device::prefill<PrefillTile<Type, 128, false>>;
+  return nullptr;
 }
 
 // The halves' stages are filled while the last of the whole tile's are read when those begin with the first one.
@@ -43,10 +35,10 @@ int late_steps(const PrefillConfig& config, int k_steps) {
 void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixCuda& x, const MatrixCuda& weight,
                     cudaStream_t stream) {
   const DType dtype = args.call.descriptor.dtype;
-  const auto [kernel, threads, most_stages] =
-      dtype == DType::bfloat16 ? find_instance<device::BFloat16>(config) : find_instance<device::Float16>(config);
-  const bool has_sum = is_for_two_ranks(config.one_shot, config.tile_n) == (args.call.world_size == 2);
-  if (kernel == nullptr || !has_sum || config.stages > most_stages) {
+  const Kernel kernel =
+      dtype == DType::bfloat16 ? find_kernel<device::BFloat16>(config) : find_kernel<device::Float16>(config);
+  const bool has_sum = (config.share == 0) == (args.call.world_size == 2);
+  if (kernel == nullptr || !has_sum || config.stages > device::kMaxPrefillStages) {
     fail(ErrorKind::system, "no prefill kernel between ", args.call.world_size, " ranks for ", to_string(config));
   }
   args.k_steps = args.partial == nullptr ? static_cast<int>((weight.columns + kBoxColumns - 1) / kBoxColumns) : 0;
@@ -54,18 +46,16 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   args.stages = config.stages;
   args.tiles_m = config.tiles_m;
   args.tiles_n = config.tiles_n;
-  args.last = config.last;
   args.share = config.share;
-  args.pushed = flag_bytes(config, args.call.world_size);
   const size_t shared = shared_bytes(config);
   allow_shared(kernel, shared);
   cudaLaunchAttribute attributes[] = {programmatic_launch(), cluster_launch(kPrefillCluster)};
-  // Two-shot: the clusters that idle in the last wave would be taken by the next kernel's, and its own then start in
-  // whatever order SMs become free: 2 us more at 2048 tokens (two H100s; two H200s: no odds).
-  if (!config.one_shot) attributes[0].val.programmaticStreamSerializationAllowed = 0;
+  // Owners: the clusters that idle in the last wave would be taken by the next kernel's, and its own then start in
+  // whatever order SMs become free. Between two ranks it gains 1 to 2 us.
+  if (config.share > 0) attributes[0].val.programmaticStreamSerializationAllowed = 0;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
-  launch.blockDim = dim3(static_cast<unsigned>(threads));
+  launch.blockDim = dim3(device::kPrefillThreads);
   launch.dynamicSmemBytes = shared;
   launch.stream = stream;
   launch.attrs = attributes;

@@ -1,48 +1,50 @@
-// The kernel of many tokens: a persistent GEMM whose tiles are reduced by their owners while later tiles are computed.
+// The kernel of many tokens: a persistent GEMM whose tiles are summed over ranks while later tiles are computed.
 //
-//   rank 0    | tiles that rank 1 owns           | tiles that it owns itself              | closing
+// Between two ranks both visit the same tiles and send their partials to each other: as many bytes as if one of them
+// summed a tile and sent the sums, but nothing waits for anything, and y is stored by its own rank alone.
+//
+//   rank 0    math      | MMA 0  | MMA 1           | MMA 2           | MMA 3, all columns | half 0 | half 1 |        |
+//   sum 1 |
+//             mover     |        | partial of 0 -> | partial of 1 -> | partial of 2 ->    |        | half 0 | half 1 ->
+//             storers   |        | sum, y of 0     | sum, y of 1     | sum, y of 2        |        | sum 0  |
+//   rank 1    the same
+//
+// Nothing hides the way of the last tile. So half of it leaves early: its last steps of k are those of half of the
+// columns of y, and then those of the other half (their tokens are fetched twice, hence no more steps than the way
+// takes).
+//
+// Between more ranks a tile has an owner. Every rank visits its own tiles last and in the same order as the others send
+// them, so a partial has come long before it is summed, and both halves of the traffic hide under the MMAs; what is
+// left is the way of the last tiles' sums.
+//
+//   rank 0    | tiles that others own            | tiles that it owns itself              | closing
 //   math      | MMA 0  | MMA 1  | MMA 2  | ..    | MMA + sum  | MMA + sum  | ..           | barrier
-//   mover     |        | 0 -> 1 | 1 -> 1 | ..            | y -> 1   | y -> 1   |          |
-//   rank 1    | tiles that rank 0 owns           | tiles that it owns itself              |
-//
-// Every rank visits its own tiles last and in the same order as the others send them, so a partial has come long before
-// it is summed, and both halves of the traffic hide under the MMAs; what is left is the way of the last tiles' sums.
+//   mover     |        | 0 ->   | 1 ->   | ..            |            |            |         |
+//   storers   |                                          | y -> all   | y -> all   |         |
 //
 // A cluster of two CTAs takes 256 tokens x kTileN rows of the weight, each CTA 128 of the tokens; each fetches half of
-// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover, two storers
-// (two-shot).
+// the weight for both. A CTA: 8 math warps (2 warpgroups, 64 tokens each), a producer, a mover, two storers.
 //
 //   stage s    full[s]: its bytes have landed, of both CTAs' copies     empty[s]: 16 math warps of both have read it;
 //              halves have a ring of their own over the same memory, with smaller stages
 //   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out,
 //              also by the storers, each of which says stored = i + 1
-//   arrived    a barrier, a phase a tile of the own: its partials are here (between two ranks: in staging)
-//   abandoned  what a peer was to send will not come: for math warps in the last visit one-shot, see below, whose time
-//              the mover keeps; between more ranks for storers, who then send nobody a sum of it
-//   partials   in the owner's arena, with a flag a tile in its slots: 1 when all of it has been written, then the
-//              sentinel again. The closing barrier holds a rank until its peers have summed what it sent, and nothing
-//              is sent before the call before has ended, hence staging memory is free between calls
-//
-// Few tiles, one to a CTA (one_shot): nothing is left to hide under. Math warps push their accumulators to everybody's
-// slots, wait for the others', and store y here alone: one step over the link instead of two. Two-shot between two
-// ranks does the same with the tiles of its last wave, which nothing follows either: they are nobody's, both ranks
-// visit them last and in the same order. The closing barrier is for the others. Two waves have no such tiles: own ones
-// would be visited together with the other rank's.
-//
-// Of the last wave, only half is left to travel when the MMAs end: the last steps of k are those of half of the
-// columns of y, and then those of the other half (their tokens are fetched twice, hence no more steps than the way
-// takes).
-//
-//   math      | MMA, all columns            | MMA, half 0 | MMA, half 1 |        | sum 0 | sum 1 |
-//   mover     | the own tile before -> all                | half 0 ->   | half 1 ->      |
+//   abandoned  what a peer was to send will not come: for all who wait for it, whose time the mover keeps; between more
+//              ranks for storers, who then send nobody a sum of it
+//   arrived    more ranks: a barrier, a phase a tile of the own: its partials are here
+//   partials   more ranks: in the owner's arena, with a flag a tile in its slots: 1 when all of it has been written,
+//   then
+//              the sentinel again. The closing barrier holds a rank until its peers have summed what it sent, and
+//              nothing is sent before the call before has ended, hence staging memory is free between calls
 #pragma once
 
-#include "fused/prefill_mover_sm90.cuh"
+#include "fused/prefill_exchange_sm90.cuh"
+#include "fused/prefill_owners_sm90.cuh"
 
 namespace sglang_symm::device {
 
-// What cannot be had is NaN. All threads. A CTA waits for what the CTAs of its number sum, here and (in the closing
-// barrier) on every other rank: those tiles are its to fill. Together they are all of y.
+// More than two ranks: what cannot be had is NaN. All threads. A CTA waits for what the CTAs of its number sum, here
+// and (in the closing barrier) on every other rank: those tiles are its to fill. Together they are all of y.
 template <class T>
 __device__ __forceinline__ void fill_tiles(const PrefillCuda& a, const PrefillSchedule<T>& schedule) {
   constexpr int kRowChunks = T::kTileN / 8;
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     prefill(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
             const __grid_constant__ PrefillCuda a) {
   std::byte* const memory = dynamic_shared_memory();
-  __shared__ uint64_t full[kMaxPrefillStages], empty[kMaxPrefillStages];
+  static_assert(has_barriers<T>);
+  __shared__ uint64_t full[kMaxPrefillRings], empty[kMaxPrefillRings];
   __shared__ Handover handover;
   const uint32_t base = (shared_address(memory) + 1023) & ~1023u;
   const Ring ring{base, full, empty, a.stages};
@@ -107,39 +110,42 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   const Session s = begin_together(a.call);
 
+  using Mover = std::conditional_t<T::kTwoRanks, ExchangeMover<T>, OwnerMover<T>>;
+  using Storer = std::conditional_t<T::kTwoRanks, ExchangeStorer<T>, OwnerStorer<T>>;
   bool fine = s.alive;
   if (warp >= T::kMathWarps) {
     if (produces) producer.stream();
     if (warp == T::kMover) {
-      // In two-shot every CTA needs the places of its peers' y.
       if (s.alive && blockIdx.x == 0) send_headers(s);
-      if (s.alive && (blockIdx.x == 0 || !T::kOneShot)) fine = await_headers(s);
-      if constexpr (!T::kOneShot) fine = PrefillMover<T>{a, s, schedule, staging, &handover, lane}.move(fine);
-    }
-    if constexpr (T::kStorers > 0) {
-      if (warp >= T::kFirstStorer) {
-        store_own_tiles<T>(a, s, schedule, warp - T::kFirstStorer, lane, staging, &handover);
+      if (s.alive) fine = await_headers(s);  // in every CTA: nothing goes to who does not take part
+      const Mover mover{a, s, schedule, staging, &handover, lane};
+      if constexpr (T::kTwoRanks) {
+        mover.move(fine);
+      } else {
+        fine = mover.move(fine);
       }
+    }
+    if (warp >= T::kFirstStorer) {
+      Storer{a, s, schedule, warp - T::kFirstStorer, lane, staging, &handover}.store();
     }
     __syncwarp();
   } else {
     Position at;
-    int own = 0;
+    [[maybe_unused]] int own = 0;
     const int visits = schedule.visits();
 #pragma unroll 1
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace place = schedule.place(visit);
-      if constexpr (T::kHasHalves) {
-        if (place.owner == kEveryRank) {
-          fine = exchange_last<T>(a, s, place, schedule.cta, visit, warp, lane, fine, ring, half_ring, &at, staging,
-                                  &handover);
+      if constexpr (T::kTwoRanks) {
+        if (schedule.ends_by_halves(visit)) {
+          exchange_last<T>(a, s, place, schedule.cta, visit, warp, lane, ring, half_ring, &at, staging, &handover);
           break;
         }
       }
       float d[T::kTileN / 2];
       multiply_tile<T>(ring, a.k_steps, visit, warp / 4, lane, &at, d);
-      if constexpr (T::kOneShot) {
-        fine = reduce_one_shot<T>(a, s, place, schedule.cta, visit, warp, lane, fine, d);
+      if constexpr (T::kTwoRanks) {
+        hand_halves_over<T>(a, s, place, visit, warp, lane, staging, &handover, d);
       } else {
         hand_over<T>(a, s, place, schedule.cta, visit, own, warp, lane, staging, &handover, d);
         own += place.owner == s.call.rank ? 1 : 0;
@@ -147,7 +153,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
   }
   cluster_sync();  // no CTA leaves while the other one still arrives at its barriers
-  if constexpr (!T::kOneShot) {
+  if constexpr (!T::kTwoRanks) {
     if (__syncthreads_and(fine) == 0) fill_tiles(a, schedule);
   }
   end(s);

@@ -7,41 +7,39 @@
 
 namespace sglang_symm::device {
 
-constexpr int kMaxPrefillStages = 8;
-constexpr int kMaxHalvedStages = 3;  // with those of halves
+constexpr int kPrefillThreads = 384;
+constexpr int kMaxPrefillStages = 6, kMaxPrefillRings = 16;  // of one ring; of both
 
-template <class T, int TileN_, bool OneShot>
+template <class T, int TileN_, bool TwoRanks>
 struct PrefillTile {
   using Type = T;
-  static constexpr bool kOneShot = OneShot;
-  static constexpr bool kTwoRanks = is_for_two_ranks(OneShot, TileN_);
+  // A kernel has the sum of two ranks or that of more: with both in it, it spills more registers.
+  static constexpr bool kTwoRanks = TwoRanks;
   static constexpr int kCluster = kPrefillCluster;
   static constexpr int kTileM = kPrefillTokens / kCluster, kTileN = TileN_;  // of a CTA
-  static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kFirstStorer = 10;
-  // Two-shot between two ranks: the last wave's tiles end by halves of their columns.
-  static constexpr bool kHasHalves = kTwoRanks && !kOneShot;
-  // Two-shot: warps of their own store the own tiles' sums, to this rank's y; between more ranks, to everybody's.
-  static constexpr int kStorers = kOneShot ? 0 : 2;
-  static constexpr int kThreads = (kFirstStorer + kStorers) * kWarp;
+  // Storers bring sums to y; between two ranks they make them.
+  static constexpr int kMathWarps = 8, kProducer = 8, kMover = 9, kFirstStorer = 10, kStorers = 2;
+  static constexpr int kThreads = kPrefillThreads;
+  static_assert(kThreads == (kFirstStorer + kStorers) * kWarp);
   static constexpr int kRowBytes = kBoxColumns * 2;
   static constexpr int kTokenBytes = kTileM * kRowBytes, kWeightBytes = kTileN * kRowBytes;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
   static constexpr int kBytes = kTileM * kTileN * 2;  // of a tile's result
   static constexpr int kWarpBytes = kBytes / kMathWarps;
-  // In staging: from a row of sums to the next; from a warp's 16 rows, or its part of a partial, to the next warp's.
-  static constexpr int kPitch = sums_pitch(OneShot, TileN_), kStagingWarp = 16 * kPitch;
   static constexpr int kChunkBytes = 512;                   // 16 a lane: 8 rows x 32 columns
   static constexpr int kChunks = kWarpBytes / kChunkBytes;  // chunk c: rows lane / 4 + 8 (c % 2), columns 32 (c / 2)..
 };
 
+// Between two ranks a cluster's last tile ends by halves of its columns, which have smaller stages, over the same
+// memory.
 template <class T>
-using HalfTile = PrefillTile<typename T::Type, T::kTileN / 2, true>;
-// They have smaller stages, over the same memory.
+using HalfTile = PrefillTile<typename T::Type, T::kTileN / 2, T::kTwoRanks>;
 template <class T>
 __host__ __device__ constexpr int half_stages(int stages) {
-  return T::kHasHalves ? stages * T::kStageBytes / HalfTile<T>::kStageBytes : 0;
+  return T::kTwoRanks ? stages * T::kStageBytes / HalfTile<T>::kStageBytes : 0;
 }
-static_assert(kMaxHalvedStages + half_stages<PrefillTile<BFloat16, 256, false>>(kMaxHalvedStages) <= kMaxPrefillStages);
+template <class T>
+constexpr bool has_barriers = kMaxPrefillStages + half_stages<T>(kMaxPrefillStages) <= kMaxPrefillRings;
 
 // A cluster's tile, and this CTA's part of it.
 constexpr int kEveryRank = -1;
@@ -56,9 +54,9 @@ struct PrefillPlace {
   }
 };
 
-// Which tiles a CTA visits: those of rank + 1 first, its own rank's last, and behind them those that every rank sums,
-// in the same order on all of them. Within a part, bands of kBand rows of tiles column by column: what runs at the same
-// time shares its tokens and its weights in L2.
+// Which tiles a CTA visits. Between two ranks both have the same order; between more those of rank + 1 come first, the
+// own rank's last. Within a part, bands of kBand rows of tiles column by column: what runs at the same time shares its
+// tokens and its weights in L2.
 template <class T>
 struct PrefillSchedule {
   static constexpr int kBand = 8;
@@ -66,19 +64,20 @@ struct PrefillSchedule {
   int cta;  // in the cluster
 
   __device__ __forceinline__ int all() const { return a.tiles_m * a.tiles_n; }
-  __device__ __forceinline__ int owned() const { return T::kOneShot ? 0 : T::kTwoRanks ? all() - a.last : all(); }
   __device__ __forceinline__ int visits() const {
     const int clusters = static_cast<int>(gridDim.x) / T::kCluster, first = static_cast<int>(blockIdx.x) / T::kCluster;
     return (all() - first + clusters - 1) / clusters;
   }
   __device__ __forceinline__ PrefillPlace place(int visit) const { return place_on(a.call.rank, visit); }
+  // Nothing follows that a tile's way could hide under.
+  __device__ __forceinline__ bool ends_by_halves(int visit) const { return T::kTwoRanks && visit + 1 == visits(); }
   // What the same CTA of another rank visits; grids are equal on all ranks.
   __device__ __forceinline__ PrefillPlace place_on(int rank, int visit) const {
     const int clusters = static_cast<int>(gridDim.x) / T::kCluster;
     int t = static_cast<int>(blockIdx.x) / T::kCluster + visit * clusters, owner = kEveryRank;
-    if (t < owned()) {
-      t += min((rank + 1) * a.share, owned());
-      if (t >= owned()) t -= owned();
+    if constexpr (!T::kTwoRanks) {
+      t += min((rank + 1) * a.share, all());
+      if (t >= all()) t -= all();
       owner = t / a.share;
     }
     const int band = t / (kBand * a.tiles_n), rows = min(kBand, a.tiles_m - band * kBand);
@@ -118,11 +117,11 @@ struct PrefillProducer {
     load_box(to, token_map, k * kBoxColumns, at.token, &ring.full[stage], of_tokens());
   }
   // Stages of a tile's first steps, that are for all of its columns.
-  __device__ __forceinline__ int whole(const PrefillPlace& at) const {
-    return a.k_steps - (T::kHasHalves && at.owner == kEveryRank ? a.late_steps : 0);
+  __device__ __forceinline__ int whole(int visit) const {
+    return a.k_steps - (schedule.ends_by_halves(visit) ? a.late_steps : 0);
   }
   // Of the first tile: what is asked for before stages are given back.
-  __device__ __forceinline__ int ahead() const { return min(ring.stages, whole(schedule.place(0))); }
+  __device__ __forceinline__ int ahead() const { return min(ring.stages, whole(0)); }
   __device__ __forceinline__ void fill_weights() const {
     const PrefillPlace at = schedule.place(0);
     for (int k = 0; k < ahead(); k++) weight(k, k, at);
@@ -141,14 +140,16 @@ struct PrefillProducer {
     for (int visit = 0; visit < visits; visit++, k = 0) {
       const PrefillPlace at = schedule.place(visit);
 #pragma unroll 1
-      for (const int whole_steps = whole(at); k < whole_steps; k++) {
+      for (const int whole_steps = whole(visit); k < whole_steps; k++) {
         barrier_wait(&ring.empty[p.stage], p.parity);
         weight(p.stage, k, at);
         tokens(p.stage, k, at);
         p.next(ring.stages);
         *step = steps += 2;
       }
-      if (T::kHasHalves && at.owner == kEveryRank) stream_halves(at, p, steps);
+      if constexpr (T::kTwoRanks) {
+        if (schedule.ends_by_halves(visit)) stream_halves(at, p, steps);
+      }
     }
   }
 

@@ -120,12 +120,6 @@ __device__ __forceinline__ void copy_out(void* to, uint32_t from, int bytes) {
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// The other way; the barrier counts the bytes.
-__device__ __forceinline__ void copy_in(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
 // This thread's copies have read their source; have arrived.
 __device__ __forceinline__ void copies_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -146,13 +140,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
                : "r"(from)
                : "memory");
   return v;
-}
-// Four 8 x 8 matrices of 16-bit elements, as the MMA leaves them, a word a lane and matrix (transpose_8x8 says which):
-// row r of matrix q goes to the address that lane 8 q + r gives.
-__device__ __forceinline__ void store_matrices(uint32_t to, uint4 v) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
 }
 // A counter that a warp raises for other warps of its CTA: what it did before is seen by who sees the counter.
 __device__ __forceinline__ void raise(uint32_t* counter, uint32_t to) {

@@ -103,36 +103,37 @@ bool decode(const Call& c) {
   return true;
 }
 
-// In rounds of as many tokens as staging memory holds, each a call of the protocol.
+// In rounds of as many tokens as slots and staging memory hold, each a call of the protocol.
 bool prefill(const Call& c) {
   const int world = c.group.world_size();
   const LayoutCuda& layout = c.collectives.layout();
   const int64_t m = c.x.size(0), n = c.weight.size(0);
   const auto config = choose_prefill({m, n, world, c.collectives.max_ctas()});
   if (!config) return false;
-  const int64_t most = tokens_a_round(*config, m, n, world, layout.staging_bytes);
+  const int64_t most = tokens_a_round(*config, m, n, world, layout.slot_bytes, layout.staging_bytes);
   if (most == 0) {
-    warn_small_once(c.group, c.descriptor, "staging memory", staging_bytes(*config, std::min(m, kLeastRound), n, world),
-                    layout.staging_bytes);
+    const PrefillConfig least = with_tokens(*config, std::min(m, kLeastRound), n, world);
+    const size_t slots = slot_bytes(least, world), staging = staging_bytes(least, std::min(m, kLeastRound), n, world);
+    if (slots > layout.slot_bytes) {
+      warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
+    } else {
+      warn_small_once(c.group, c.descriptor, "staging memory", staging, layout.staging_bytes);
+    }
     return false;
   }
-  const size_t slots = slot_bytes_of_rounds(*config, most, m, n, world);
-  if (slots > layout.slot_bytes) {
-    warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
-    return false;
-  }
-  // Where every CTA has one tile, cuBLAS is faster from about this many columns on (two H200s, us, the kernel's product
-  // and cuBLAS with an all-reduce: K = 4096 40.6, 41.2; 6144 51.4, 51.3; 8192 63.8, 62.0; 14336 106.8, 103.1). How a
-  // rank multiplies is its own affair, as its part of k is.
+  // Up to 256 tokens cuBLAS is faster from about this many columns on (two H200s, us, the kernel's product and cuBLAS
+  // with an all-reduce: K = 4096 40.6, 41.2; 6144 51.4, 51.3; 8192 63.8, 62.0; 14336 106.8, 103.1). How a rank
+  // multiplies is its own affair, as its part of k is.
   constexpr int64_t kLong = 6144;
-  const Operands operands(c.x, c.weight, config->one_shot && c.x.size(1) > kLong);
+  const Operands operands(c.x, c.weight, world == 2 && m <= kPrefillTokens && c.x.size(1) > kLong);
   const at::Tensor bias = whole_words(c.bias);
-  // Two-shot sends y to every rank's arena; elsewhere it is copied from there. One-shot stores it here alone.
+  // Owners send y to every rank's arena; elsewhere it is copied from there. Between two ranks it is stored here alone.
+  const bool has_owners = config->share > 0;
   const size_t bytes = c.out.nbytes();
   const auto place = is_aligned(c.out) ? c.group.arena()->offset_of(c.out.const_data_ptr(), bytes) : std::nullopt;
-  const at::Tensor y = config->one_shot && !is_aligned(c.out) ? at::empty(c.out.sizes(), c.out.options()) : c.out;
+  const at::Tensor y = has_owners || is_aligned(c.out) ? c.out : at::empty(c.out.sizes(), c.out.options());
   Descriptor descriptor = c.descriptor;
-  descriptor.algorithm = config->one_shot ? Algorithm::one_shot : Algorithm::two_shot;
+  descriptor.algorithm = has_owners ? Algorithm::two_shot : Algorithm::one_shot;
   const std::lock_guard lock(c.group.order);
   const auto stream = static_cast<cudaStream_t>(current_stream(c.group));
   const DeviceScope scope(c.collectives.device());
@@ -143,7 +144,7 @@ bool prefill(const Call& c) {
     args.call = c.collectives.enter(descriptor, stream);
     std::byte* to = static_cast<std::byte*>(y.mutable_data_ptr()) + start;
     args.y = to;
-    if (!config->one_shot) {
+    if (has_owners) {
       args.call.offset_out = place ? *place + start : layout.staging_out;
       args.y = args.call.window[args.call.rank] + args.call.offset_out;
     }

@@ -100,18 +100,25 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{241, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{256, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
       {{300, 8192, 2, 132}, ""},  // half of the products would be of nothing
-      {{512, 8192, 2, 132}, ""},  // one wave of wide tiles: nothing to hide under
-      // Two waves: owners sum all tiles.
-      {{1024, 8192, 2, 132}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, two-shot"},
-      {{1280, 8192, 2, 132}, ""},  // a third wave for a few tiles
-      {{1536, 8192, 2, 132}, "256x256 tiles, 6 x 32 in 132 CTAs, 3 stages, two-shot, the last 60 one-shot"},
-      {{2048, 8192, 2, 132}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, two-shot, the last 58 one-shot"},
-      {{2048, 8192, 2, 128}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, two-shot, the last 64 one-shot"},
-      {{2048, 4096, 2, 132}, "256x256 tiles, 8 x 16 in 132 CTAs, 3 stages, two-shot"},
-      {{256, 4096, 2, 132}, ""},   // half of the SMs would idle
-      {{512, 4096, 2, 132}, ""},   // one wave of wide tiles
+      {{480, 8192, 2, 132}, ""},
+      {{490, 8192, 2, 132}, "256x256 tiles, 2 x 32 in 128 CTAs, 3 stages, one-shot"},
+      {{512, 8192, 2, 132}, "256x256 tiles, 2 x 32 in 128 CTAs, 3 stages, one-shot"},
+      {{720, 8192, 2, 132}, ""},
+      {{768, 8192, 2, 132}, "256x128 tiles, 3 x 64 in 132 CTAs, 6 stages, one-shot"},  // three visits, not twice two
+      {{900, 8192, 2, 132}, ""},
+      {{1024, 8192, 2, 132}, "256x256 tiles, 4 x 32 in 132 CTAs, 3 stages, one-shot"},
+      {{1150, 8192, 2, 132}, ""},
+      {{1280, 8192, 2, 132}, "256x128 tiles, 5 x 64 in 132 CTAs, 6 stages, one-shot"},
+      {{1536, 8192, 2, 132}, "256x256 tiles, 6 x 32 in 132 CTAs, 3 stages, one-shot"},
+      {{1792, 8192, 2, 132}, "256x128 tiles, 7 x 64 in 132 CTAs, 6 stages, one-shot"},
+      {{2048, 8192, 2, 132}, "256x256 tiles, 8 x 32 in 132 CTAs, 3 stages, one-shot"},
+      {{2048, 8192, 2, 128}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, one-shot"},
+      {{2048, 4096, 2, 132}, "256x256 tiles, 8 x 16 in 132 CTAs, 3 stages, one-shot"},
+      {{8192, 4096, 2, 132}, "256x256 tiles, 32 x 16 in 132 CTAs, 3 stages, one-shot"},
+      {{256, 4096, 2, 132}, ""},                                                          // half of the SMs would idle
+      {{512, 4096, 2, 132}, ""},
       {{256, 14336, 2, 132}, ""},  // a second wave for a few tiles
-      // Three waves, but more than two ranks: owners sum the last one, too.
+      // More than two ranks: owners sum.
       {{256, 8192, 3, 44}, "256x128 tiles, 1 x 64 in 44 CTAs, 6 stages, two-shot"},
       {{256, 8192, 4, 32}, "256x128 tiles, 1 x 64 in 32 CTAs, 6 stages, two-shot"},
       {{1024, 8192, 4, 32}, "256x128 tiles, 4 x 64 in 32 CTAs, 6 stages, two-shot"},
@@ -144,41 +151,33 @@ TEST(PrefillConfig, EveryTileHasAnOwnerAndFitsWhatItIsGiven) {
         EXPECT_GE(int64_t{c->tiles_m} * kPrefillTokens, m);
         EXPECT_GE(int64_t{c->tiles_n} * c->tile_n, n);
         const int tiles = c->tiles_m * c->tiles_n;
-        EXPECT_GE(c->share * world + c->last, tiles);
-        EXPECT_TRUE(!c->one_shot || c->last == tiles);
-        const int clusters = c->ctas / kPrefillCluster;
-        EXPECT_EQ(c->last > 0, c->one_shot || (world == 2 && tiles > 2 * clusters));
-        if (c->last > 0) {
-          EXPECT_EQ((tiles - c->last) % clusters, 0) << "the last are a wave, or all";
-        }
-        EXPECT_EQ(c->late_steps > 0, c->last > 0 && !c->one_shot);
+        EXPECT_EQ(c->share > 0, world > 2);
+        EXPECT_TRUE(world == 2 || c->share * world >= tiles);
+        EXPECT_EQ(c->late_steps > 0, world == 2 && c->tile_n == 256);
         EXPECT_LE(shared_bytes(*c), size_t{227} << 10);
         EXPECT_EQ(c->ctas % kPrefillCluster, 0);
         EXPECT_LE(c->ctas, 132) << "all of it must be resident";
-        EXPECT_EQ(is_for_two_ranks(c->one_shot, c->tile_n), world == 2);
         const size_t result = static_cast<size_t>(m * n) * 2;
-        EXPECT_GE(c->one_shot ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
+        EXPECT_GE(world == 2 ? slot_bytes(*c, world) : staging_bytes(*c, m, n, world), result);
       }
     }
   }
 }
 
-TEST(PrefillConfig, SlotsHoldTheFlagsAndBehindThemWhatBothRanksPush) {
+TEST(PrefillConfig, SlotsHoldTheOtherRanksPartOfAllTilesOrFlags) {
   const auto c = choose_prefill({2048, 8192, 2, 132});
   ASSERT_TRUE(c);
-  EXPECT_EQ(c->last, 58);
-  EXPECT_EQ(c->share, 99);
-  EXPECT_EQ(flag_bytes(*c, 2), size_t{1664});  // 2 x 99 x 2 words, whole lines
-  EXPECT_EQ(slot_bytes(*c, 2), size_t{1664} + size_t{2} * 58 * 256 * 256 * 2);
-  EXPECT_EQ(staging_bytes(*c, 2048, 8192, 2), size_t{2048} * 8192 * 2) << "y is more than the partials";
-  // 256 tokens less: 224 tiles, 26 of them in the last wave. One wave: nothing is anybody's.
-  EXPECT_EQ(with_tokens(*c, 1792, 8192, 2).last, 26);
-  EXPECT_EQ(c->late_steps, 27) << "as long as half of 58 tiles is on its way";
+  EXPECT_EQ(slot_bytes(*c, 2), size_t{2048} * 8192 * 2);
+  EXPECT_EQ(staging_bytes(*c, 2048, 8192, 2), size_t{0});
+  EXPECT_EQ(c->late_steps, 27) << "as long as half of the last visit's 58 tiles is on its way";
+  // 256 tokens less: 224 tiles, 26 of them in the last visit.
   EXPECT_EQ(with_tokens(*c, 1792, 8192, 2).late_steps, 12);
-  EXPECT_EQ(with_tokens(*c, 1024, 8192, 2).last, 0);
-  EXPECT_EQ(with_tokens(*c, 256, 8192, 2).last, 32);
-  EXPECT_EQ(with_tokens(*c, 256, 8192, 2).share, 0);
-  EXPECT_EQ(flag_bytes(*choose_prefill({256, 8192, 2, 132}), 2), size_t{0});
+  EXPECT_EQ(with_tokens(*c, 1800, 8000, 2).tiles_n, 32);
+  const auto owned = choose_prefill({2048, 8192, 4, 132});
+  ASSERT_TRUE(owned);
+  EXPECT_EQ(owned->share, 128);
+  EXPECT_EQ(slot_bytes(*owned, 4), size_t{4} * 128 * 2 * 4) << "a word a source, tile and CTA";
+  EXPECT_EQ(staging_bytes(*owned, 2048, 8192, 4), size_t{2048} * 8192 * 2) << "y is more than the partials";
 }
 
 TEST(GemmConfig, WhereHalfOfTheSmsHaveNoTileTwoCtasShareOne) {
@@ -201,21 +200,27 @@ TEST(GemmConfig, WhereHalfOfTheSmsHaveNoTileTwoCtasShareOne) {
   }
 }
 
-TEST(PrefillConfig, ARoundHoldsWhatStagingMemoryHolds) {
-  const auto c = choose_prefill({8192, 8192, 2, 132});
+TEST(PrefillConfig, ARoundHoldsWhatSlotsAndStagingMemoryHold) {
+  constexpr size_t kMega = size_t{1} << 20;
+  const auto tokens = [](int world, size_t slots, size_t staging) {
+    const auto c = choose_prefill({8192, 8192, world, 132});
+    return tokens_a_round(c.value(), 8192, 8192, world, slots * kMega, staging * kMega);
+  };
+  EXPECT_EQ(tokens(2, 128, 0), 8192);
+  EXPECT_EQ(tokens(2, 64, 0), 4096);
+  EXPECT_EQ(tokens(2, 63, 0), 2816);
+  EXPECT_EQ(tokens(2, 16, 0), 1024);
+  EXPECT_EQ(tokens(2, 15, 0), 0);
+  EXPECT_EQ(tokens(4, 64, 128), 8192);
+  EXPECT_EQ(tokens(4, 64, 32), 2048);
+  EXPECT_EQ(tokens(4, 64, 31), 1792);
+  EXPECT_EQ(tokens(4, 64, 16), 1024);
+  EXPECT_EQ(tokens(4, 64, 15), 0);
+  EXPECT_EQ(tokens(4, 0, 128), 0);
+  const auto c = choose_prefill({250, 8192, 2, 132});
   ASSERT_TRUE(c);
-  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{128} << 20), 8192);
-  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{32} << 20), 2048);
-  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{31} << 20), 1792);
-  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{16} << 20), 1024);
-  EXPECT_EQ(tokens_a_round(*c, 8192, 8192, 2, size_t{15} << 20), 0);
-  // 3328 tokens go as 1792, whose last wave has 26 tiles, and 1536, with 60.
-  EXPECT_EQ(tokens_a_round(*c, 3328, 8192, 2, size_t{32} << 20), 1792);
-  EXPECT_EQ(slot_bytes_of_rounds(*c, 1792, 3328, 8192, 2), slot_bytes(with_tokens(*c, 1536, 8192, 2), 2));
-  EXPECT_EQ(slot_bytes_of_rounds(*c, 1792, 1792, 8192, 2), slot_bytes(with_tokens(*c, 1792, 8192, 2), 2));
-  const auto one_shot = choose_prefill({250, 8192, 2, 132});
-  ASSERT_TRUE(one_shot);
-  EXPECT_EQ(tokens_a_round(*one_shot, 250, 8192, 2, 0), 250);
+  EXPECT_EQ(tokens_a_round(*c, 250, 8192, 2, 4 * kMega, 0), 250);
+  EXPECT_EQ(tokens_a_round(*c, 250, 8192, 2, 4 * kMega - 1, 0), 0) << "tiles are whole";
 }
 
 }  // namespace

@@ -224,19 +224,6 @@ void load_box(uint32_t to, const CUtensorMap& map, int column, int row, uint64_t
   if (Machine::now().draw(4) == 0) yield();
 }
 
-void copy_in(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
-  must_be_units(from, to, bytes);
-  Cta& cta = *self().cta;
-  cta.copies++;
-  Machine::now().later([=, &cta] {
-    must_live(cta);
-    must_be_fenced(cta, to, static_cast<size_t>(bytes));
-    std::memcpy(shared_at(cta, to, static_cast<size_t>(bytes)), from, static_cast<size_t>(bytes));
-    bring(cta, barrier, bytes);
-    cta.copies--;
-  });
-}
-
 void copy_out(void* to, uint32_t from, int bytes) {
   must_be_units(to, from, bytes);
   Fiber& fiber = self();

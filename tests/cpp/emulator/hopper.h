@@ -30,7 +30,6 @@ void store_shared_at(uint32_t to, const void* from, size_t bytes, uint64_t* barr
 
 // To the CTAs of the cluster that have a bit in `ctas`, counted by the barrier of each.
 void load_box(uint32_t to, const CUtensorMap& map, int column, int row, uint64_t* barrier, unsigned ctas);
-void copy_in(uint32_t to, const void* from, int bytes, uint64_t* barrier);
 void copy_out(void* to, uint32_t from, int bytes);
 void copies_commit();
 void copies_wait(bool arrived);  // else: until they have read their source

@@ -103,7 +103,7 @@ class Linear {
     descriptor.op = OpCode::row_parallel_linear;
     descriptor.dtype = dtype;
     const bool one_shot = std::holds_alternative<GemmConfig>(config) ? !std::get<GemmConfig>(config).two_shot
-                                                                     : std::get<PrefillConfig>(config).one_shot;
+                                                                     : std::get<PrefillConfig>(config).share == 0;
     descriptor.algorithm = one_shot ? Algorithm::one_shot : Algorithm::two_shot;
     descriptor.flags = Descriptor::kFused | (options.bias ? Descriptor::kHasBias : 0);
     descriptor.aux = static_cast<uint32_t>(n);
@@ -258,7 +258,7 @@ class Linear {
     ASSERT_LE(staging_bytes(config, m_, n_, gpus.size()), layout.staging_bytes);
     PrefillCuda args{};
     fill_in(&args, gpus, rank);
-    if (!config.one_shot) {  // peers write y
+    if (config.share > 0) {  // peers write y
       Arena& arena = *gpus[rank].arena;
       args.call.offset_out = options_.y_inside ? static_cast<size_t>(y_[r] - arena.base()) : layout.staging_out;
       args.y = args.call.window[rank] + args.call.offset_out;
@@ -292,17 +292,8 @@ GemmConfig decode_config(int world, int m, int n, int sms, int stages = 2) {
   return *config;
 }
 
-int tile_rows(int world, bool one_shot) {
-  return world == 2 && !one_shot ? 256 : 128;
-}
-
-PrefillConfig prefill_config(int world, int m, int n, int clusters, bool one_shot, int stages = 2) {
-  PrefillConfig config{};
-  config.tile_n = tile_rows(world, one_shot);
-  config.stages = stages;
-  config.one_shot = one_shot;
-  // One-shot: a tile a cluster, else ranks wait for each other in a circle.
-  config.ctas = one_shot ? 1 << 20 : kPrefillCluster * clusters;
+PrefillConfig prefill_config(int world, int m, int n, int clusters, int tile_n = 128, int stages = 2) {
+  const PrefillConfig config{.tile_n = tile_n, .stages = stages, .ctas = kPrefillCluster * clusters};
   return with_tokens(config, m, n, world);
 }
 
@@ -383,15 +374,21 @@ TEST(FusedCuda, DecodeGivesTheBitsOfTheSumOfRoundedProducts) {
   }
 }
 
-TEST(FusedCuda, PrefillOneShotGivesTheBitsOfTheSumOfRoundedProducts) {
+TEST(FusedCuda, PrefillOfTwoRanksGivesTheBitsOfTheSumOfRoundedProducts) {
   for (uint64_t seed = 0; seed < seeds(4); seed++) {
     std::mt19937_64 random(seed);
-    const DType dtype = kTypes[seed % 2];
-    Gpus gpus(2, seed);
-    const int m = any({65, 130, 200, 256}, random), n = 8 * (1 + static_cast<int>(random() % 32));
+    const DType dtype = kTypes[random() % 2];
+    Gpus gpus(2, random(), 1e6, 2, 16 << 20);
     std::deque<Linear> calls;
     for (int i = 0; i < 3; i++) {
-      const PrefillConfig config = prefill_config(2, m, n, 1, true, any({2, 3}, random));
+      // One to four visits, the last of some clusters or of all.
+      const int clusters = any({1, 2}, random), tile_n = any({128, 256}, random);
+      const int tiles = clusters == 1 ? any({1, 2, 3, 4}, random) : any({2, 3, 4, 5, 6, 7}, random);
+      const int rows = tiles % 2 == 0 ? 2 : 1, m = (rows == 2 ? 256 : 0) + any({70, 150, 256}, random);
+      const int n = tile_n * tiles / rows - 8 * static_cast<int>(random() % 16);
+      PrefillConfig config = prefill_config(2, m, n, clusters, tile_n, any({2, 3}, random));
+      ASSERT_EQ(config.tiles_m * config.tiles_n, tiles);
+      config.late_steps = any({0, 1, 2, 5, 100}, random);
       calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
     }
     gpus.run();
@@ -400,21 +397,18 @@ TEST(FusedCuda, PrefillOneShotGivesTheBitsOfTheSumOfRoundedProducts) {
   }
 }
 
-TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
+TEST(FusedCuda, PrefillOfMoreRanksGivesTheBitsOfTheSumOfRoundedProducts) {
   for (uint64_t seed = 0; seed < seeds(2); seed++) {
-    for (const int world : {2, 3, 4}) {
+    for (const int world : {3, 4}) {
       std::mt19937_64 random(seed * 10 + static_cast<uint64_t>(world));
       const DType dtype = kTypes[random() % 2];
       Gpus gpus(world, random(), 1e6, 2, 8 << 20);
       const int m = any({70, 200, 256, 300}, random), tiles = (m + 255) / 256;
-      const int clusters = any({1, 2}, random);
-      // Between two ranks, two waves: tiles of one, or the last of three, are both ranks'.
-      const int wide = world > 2 ? any({1, 2, 3, 4}, random) : clusters == 1 ? 2 : any({3, 4}, random);
-      const int n = std::max(tile_rows(world, false) * wide / tiles, 128) - 8 * static_cast<int>(random() % 16);
+      const int clusters = any({1, 2}, random), wide = any({1, 2, 3, 4}, random);
+      const int n = std::max(128 * wide / tiles, 128) - 8 * static_cast<int>(random() % 16);
       std::deque<Linear> calls;
       for (int i = 0; i < 2; i++) {
-        const PrefillConfig config = prefill_config(world, m, n, clusters, false, any({2, 3}, random));
-        ASSERT_EQ(config.last, 0);
+        const PrefillConfig config = prefill_config(world, m, n, clusters, 128, any({2, 3}, random));
         Options options = any_options(world, random);
         if (i == 1) options.wild = true;
         calls.emplace_back(gpus, config, dtype, m, n, options, random).enqueue(gpus);
@@ -426,38 +420,15 @@ TEST(FusedCuda, PrefillTwoShotGivesTheBitsOfTheSumOfRoundedProducts) {
   }
 }
 
-TEST(FusedCuda, PrefillTwoShotWithTheLastVisitOneShotGivesTheSameBits) {
-  for (uint64_t seed = 0; seed < seeds(2); seed++) {
-    std::mt19937_64 random(seed);
-    const DType dtype = kTypes[random() % 2];
-    Gpus gpus(2, random(), 1e6, 2, 16 << 20);
-    std::deque<Linear> calls;
-    for (int i = 0; i < 2; i++) {
-      // Three or four waves, the last full or not: owners have as many tiles, or the first one more. Or one wave:
-      // nothing is anybody's.
-      const int clusters = any({1, 2}, random),
-                tiles = clusters == 1 ? any({1, 3, 4}, random) : any({2, 5, 6, 7}, random);
-      const int rows = tiles % 2 == 0 ? 2 : 1, m = (rows == 2 ? 256 : 0) + any({70, 150}, random);
-      const int n = tile_rows(2, false) * tiles / rows - 8 * static_cast<int>(random() % 16);
-      PrefillConfig config = prefill_config(2, m, n, clusters, false, any({2, 3}, random));
-      ASSERT_EQ(config.last, tiles % clusters == 0 ? clusters : 1);
-      config.late_steps = any({0, 1, 2, 5, 100}, random);
-      calls.emplace_back(gpus, config, dtype, m, n, any_options(2, random), random).enqueue(gpus);
-    }
-    gpus.run();
-    for (Linear& call : calls) ASSERT_EQ(call.wrong(), "") << "seed " << seed;
-    expect_at_rest(gpus);
-  }
-}
-
 TEST(FusedCuda, TheTablesOwnChoicesRun) {
   std::mt19937_64 random(1);
   const struct {
     int world, n;
     const char* text;
   } rows[] = {{2, 120, "256x128 tiles, 1 x 1 in 2 CTAs, 6 stages, one-shot"},
-              {2, 504, "256x256 tiles, 1 x 2 in 2 CTAs, 3 stages, two-shot"},
-              {2, 760, "256x256 tiles, 1 x 3 in 2 CTAs, 3 stages, two-shot, the last 1 one-shot"},
+              {2, 256, "256x256 tiles, 1 x 1 in 2 CTAs, 3 stages, one-shot"},
+              {2, 376, "256x128 tiles, 1 x 3 in 2 CTAs, 6 stages, one-shot"},
+              {2, 760, "256x256 tiles, 1 x 3 in 2 CTAs, 3 stages, one-shot"},
               {3, 376, "256x128 tiles, 1 x 3 in 2 CTAs, 6 stages, two-shot"},
               {4, 504, "256x128 tiles, 1 x 4 in 2 CTAs, 6 stages, two-shot"}};
   for (const auto& [world, n, text] : rows) {
@@ -483,10 +454,10 @@ Config any_config(int world, int* m, int* n, std::mt19937_64& random) {
     return decode_config(world, *m, *n, any({1, 2}, random));
   }
   *m = any({66, 150}, random);
-  const bool one_shot = world == 2 && random() % 2 == 0;
-  const int tiles = world == 2 ? any({2, 3}, random) : world;  // as many waves
-  *n = one_shot ? 136 : tile_rows(world, one_shot) * tiles - 8 * static_cast<int>(random() % 3);
-  return prefill_config(world, *m, *n, 1, one_shot);
+  const int tile_n = world == 2 ? any({128, 256}, random) : 128;
+  const int tiles = world == 2 ? any({1, 2, 3}, random) : world;  // as many visits
+  *n = tile_n * tiles - 8 * static_cast<int>(random() % 3);
+  return prefill_config(world, *m, *n, 1, tile_n);
 }
 
 TEST(FusedCuda, WhatTheCallBeforeWritesIsReadOnlyThen) {
@@ -551,12 +522,12 @@ std::vector<Kind> every_kind(uint64_t seeds) {
                        {4, 3, 200, decode_config(4, 3, 200, 2)},
                        {4, 20, 200, two_shot},
                        {8, 12, 120, decode_config(8, 12, 120, 2)},
-                       {2, 100, 136, prefill_config(2, 100, 136, 2, true)},
-                       {2, 100, 248, prefill_config(2, 100, 248, 1, false)},
-                       {2, 100, 504, prefill_config(2, 100, 504, 1, false)},
-                       {3, 100, 376, prefill_config(3, 100, 376, 2, false)},
-                       {4, 100, 632, prefill_config(4, 100, 632, 1, false)},
-                       {2, 100, 760, prefill_config(2, 100, 760, 1, false)}};
+                       {2, 100, 136, prefill_config(2, 100, 136, 2)},
+                       {2, 100, 248, prefill_config(2, 100, 248, 1, 256)},
+                       {2, 100, 504, prefill_config(2, 100, 504, 1, 256)},
+                       {2, 100, 376, prefill_config(2, 100, 376, 1)},
+                       {3, 100, 376, prefill_config(3, 100, 376, 2)},
+                       {4, 100, 632, prefill_config(4, 100, 632, 1)}};
   std::vector<Kind> all;
   for (uint64_t seed = 0; seed < seeds; seed++) {
     for (const Kind& kind : each) all.push_back(kind), all.back().seed = seed;

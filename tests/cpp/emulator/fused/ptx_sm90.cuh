@@ -62,9 +62,6 @@ inline void copy_out(void* to, uint32_t from, int bytes) {
 inline void copies_commit() {
   emulator::copies_commit();
 }
-inline void copy_in(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
-  emulator::copy_in(to, from, bytes, barrier);
-}
 inline void copies_read() {
   emulator::copies_wait(false);
 }
@@ -83,16 +80,6 @@ inline uint4 load_shared(uint32_t from) {
 }
 inline float moved(float v) {
   return v;
-}
-inline void store_matrices(uint32_t to, uint4 v) {
-  const unsigned lane = emulator::self().thread % emulator::kWarp;
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  uint32_t row[4] = {};
-  for (unsigned matrix = 0; matrix < 4; matrix++) {
-    const uint32_t* all = emulator::exchange(words[matrix]);
-    if (lane / 8 == matrix) std::copy_n(all + 4 * (lane % 8), 4, row);
-  }
-  emulator::store_shared(to, row, sizeof row);
 }
 inline void raise(uint32_t* counter, uint32_t to) {
   if (emulator::Machine::now().draw(4) == 0) emulator::yield();
