@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -62,12 +63,14 @@ class Bench:
 
     def time(self, ops: dict[str, Op]) -> dict[str, list[float]]:
         """Microseconds of one op, the slowest rank's, for each label and repeat; op(i) uses the i-th copy. Labels take
-        turns, so that a GPU that grows hot or slow does so for all of them."""
+        turns, in another order each time: who follows a long product finds the GPU slower."""
         graphs = {label: self.capture(op) for label, op in ops.items()}
         times: dict[str, list[float]] = {label: [] for label in ops}
         with torch.cuda.stream(self.stream):
             for repeat in range(self.repeats + 3):
-                for label, graph in graphs.items():
+                turns = list(graphs.items())
+                random.Random(repeat).shuffle(turns)  # the same on all ranks
+                for label, graph in turns:
                     us = self.replay(graph)
                     if repeat >= 3:
                         times[label].append(us)

@@ -124,11 +124,11 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
     if (s.world_size < row.min_world || s.world_size > row.max_world || s.m > row.max_m) continue;
     const PrefillConfig c = with_tokens(
         {.tile_n = row.tile_n, .stages = row.stages, .ctas = kPrefillCluster * clusters}, s.m, s.n, s.world_size);
-    const int visits = over(int64_t{c.tiles_m} * c.tiles_n, clusters);
-    if (visits < row.least_visits || visits > row.most_visits) continue;
+    const int count = over(int64_t{c.tiles_m} * c.tiles_n, clusters);
+    if (count < row.least_visits || count > row.most_visits) continue;
     // Two narrow visits are a wide one, and take longer.
-    if (s.world_size == 2 && row.least_visits > 1 && row.tile_n == 128 && visits % 2 == 0) continue;
-    const double most = static_cast<double>(visits) * clusters * kPrefillTokens * row.tile_n;
+    if (s.world_size == 2 && row.least_visits > 1 && row.tile_n == 128 && count % 2 == 0) continue;
+    const double most = static_cast<double>(count) * clusters * kPrefillTokens * row.tile_n;
     if (static_cast<double>(s.m) * static_cast<double>(s.n) < row.least_full * most) continue;
     return c;
   }
@@ -159,7 +159,7 @@ PrefillConfig with_tokens(PrefillConfig c, int64_t m, int64_t n, int world_size)
   c.tiles_n = over(n, c.tile_n);
   const int64_t tiles = int64_t{c.tiles_m} * c.tiles_n;
   c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, kPrefillCluster * tiles));
-  const int64_t clusters = c.ctas / kPrefillCluster, last_visit = tiles - (over(tiles, clusters) - 1) * clusters;
+  const int64_t last_visit = tiles - int64_t{visits(c) - 1} * (c.ctas / kPrefillCluster);
   c.share = world_size > 2 ? over(tiles, world_size) : 0;
   c.late_steps = c.share == 0 && c.tile_n >= kLeastHalved ? over(last_visit * kLateSteps, kOfTiles) : 0;
   return c;
@@ -172,10 +172,26 @@ size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int worl
   return static_cast<size_t>(std::max(partials, m * n * 2));
 }
 
+int visits(const PrefillConfig& c) {
+  return over(int64_t{c.tiles_m} * c.tiles_n, c.ctas / kPrefillCluster);
+}
+
+namespace {
+int64_t tokens_of_rounds(int64_t m, int64_t rounds) {
+  return int64_t{over(over(m, rounds), kPrefillTokens)} * kPrefillTokens;
+}
+}  // namespace
+
+int64_t least_round(int64_t m) {
+  int64_t rounds = 1;
+  while (tokens_of_rounds(m, rounds + 1) >= kLeastRound) rounds++;
+  return std::min(m, tokens_of_rounds(m, rounds));
+}
+
 int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t have_slots,
                        size_t have_staging) {
   for (int64_t rounds = 1;; rounds++) {
-    const int64_t tokens = int64_t{over(over(m, rounds), kPrefillTokens)} * kPrefillTokens;
+    const int64_t tokens = tokens_of_rounds(m, rounds);
     if (rounds > 1 && tokens < kLeastRound) return 0;
     const int64_t count = std::min(tokens, m);
     const bool has_slots = slot_bytes(with_tokens(config, count, n, world_size), world_size) <= have_slots;

@@ -72,6 +72,8 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& shape);
 PrefillConfig with_tokens(PrefillConfig config, int64_t m, int64_t n, int world_size);
 // A call that outgrows slots or staging memory goes in rounds of at least this many tokens.
 constexpr int64_t kLeastRound = 1024;
+// Of the shortest rounds that a call of m tokens may go in.
+int64_t least_round(int64_t m);
 // Tokens of each round but the last; 0 when they are too small for rounds.
 int64_t tokens_a_round(const PrefillConfig& config, int64_t m, int64_t n, int world_size, size_t slot_bytes,
                        size_t staging_bytes);
@@ -82,6 +84,8 @@ size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int worl
 size_t slot_bytes(const GemmConfig& config, int world_size);
 // Between two ranks the other's part of all tiles, else flags of partials.
 size_t slot_bytes(const PrefillConfig& config, int world_size);
+// How many tiles a cluster takes, at most.
+int visits(const PrefillConfig& config);
 // Dynamic shared memory a CTA.
 size_t shared_bytes(const GemmConfig& config);
 size_t shared_bytes(const PrefillConfig& config);

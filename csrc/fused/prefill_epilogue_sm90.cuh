@@ -52,21 +52,14 @@ struct PrefillEpilogue {
     return static_cast<size_t>(warp * T::kWarpBytes + c * T::kChunkBytes + lane * 16);
   }
 
-  // own(c): chunk c of this rank's rounded partial; load(r, c, v): rank r's words of chunks c .. c + Batch - 1;
-  // store(c, v): the sums as the MMA leaves them, whose NaN is any. Of two ranks a + b is b + a. Without a bias an
-  // instruction a word is all: a CTA's tensor cores idle meanwhile, and code that is run once comes from L2.
-  template <int Batch, class Own, class Load, class Store>
-  __device__ __forceinline__ void sum_of_two(const PrefillPlace& at, const Own& own, const Load& load,
+  // own(c): chunk c of this rank's rounded partial, other: the peer's; store(c, v): the sums as the MMA leaves them,
+  // whose NaN is any. Of two ranks a + b is b + a. Without a bias an instruction a word is all.
+  template <class Own, class Store>
+  __device__ __forceinline__ void sum_of_two(const PrefillPlace& at, const Own& own, const Rounded& other,
                                              const Store& store) const {
-    static_assert(T::kChunks % Batch == 0);
     const auto of_all = [&](const auto& add) {
 #pragma unroll
-      for (int first = 0; first < T::kChunks; first += Batch) {
-        uint4 v[Batch] = {};
-        load(1 - s.call.rank, first, v);
-#pragma unroll
-        for (int b = 0; b < Batch; b++) store(first + b, add(first + b, own(first + b), v[b]));
-      }
+      for (int c = 0; c < T::kChunks; c++) store(c, add(c, own(c), other[c]));
     };
     using Type = typename T::Type;
     if (a.bias == nullptr) {

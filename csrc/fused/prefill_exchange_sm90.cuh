@@ -21,6 +21,12 @@ __device__ __forceinline__ std::byte* half_in_slots(const PrefillCuda& a, const 
 
 // ---- sums ----
 
+// Whether all ranks' headers have come and agree: nothing is read of what a rank sent that makes another call.
+__device__ __forceinline__ bool await_agreement(const Handover* h) {
+  wait_raised(&h->heard, Handover::kAgreed);
+  return __all_sync(kAllLanes, raised(&h->heard) == Handover::kAgreed) != 0;
+}
+
 // Any warp: y of what math warp `warp` has of half of a tile. This rank's part is in staging; the other's is told by
 // not being the sentinel, so all of it is sent, whatever m is. The mover keeps the time: a wait with a call in it takes
 // more registers than math warps with accumulators have. False once something did not come: then the rest is NaN.
@@ -32,35 +38,35 @@ __device__ __forceinline__ bool sum_half(const PrefillCuda& a, const Session& s,
   const PrefillPlace at = tile.half(half, Half::kTileN);
   const PrefillEpilogue<Half> end{a, s, warp, lane};
   std::byte* const from = half_in_slots<T>(a, s, s.call.rank, at, half, cta);
-  const auto own = [&](int c) { return load_shared(half_in<T>(staging, half) + static_cast<uint32_t>(end.within(c))); };
-  const auto load = [&](int, int, uint4(&v)[kChunks]) {
-    const auto ready = [&] {
-      // The last chunk that was sent tells when a look is worth while: a wait takes no bandwidth from what comes.
-      bool all = load_sys(reinterpret_cast<const uint32_t*>(from + end.within(kChunks - 1))) != kSentinel;
-      if (!__all_sync(kAllLanes, all)) return false;
+  uint4 other[kChunks] = {};
+  const auto ready = [&] {
+    // The last chunk that was sent tells when a look is worth while: a wait takes no bandwidth from what comes.
+    bool all = load_sys(reinterpret_cast<const uint32_t*>(from + end.within(kChunks - 1))) != kSentinel;
+    if (!__all_sync(kAllLanes, all)) return false;
 #pragma unroll
-      for (int c = 0; c < kChunks; c++) v[c] = load_slot(from + end.within(c));
+    for (int c = 0; c < kChunks; c++) other[c] = load_slot(from + end.within(c));
 #pragma unroll
-      for (int c = 0; c < kChunks; c++) all &= is_data(v[c]);
-      return __all_sync(kAllLanes, all) != 0;
-    };
-    while (fine && !ready()) {
-      if (__any_sync(kAllLanes, raised(&h->abandoned) != 0)) {
-        fine = ready();
-        break;
-      }
+    for (int c = 0; c < kChunks; c++) all &= is_data(other[c]);
+    return __all_sync(kAllLanes, all) != 0;
+  };
+  while (fine && !ready()) {
+    if (__any_sync(kAllLanes, raised(&h->abandoned) != 0)) {
+      fine = ready();
+      break;
     }
-    if (!fine) return;
+  }
+  if (fine) {
 #pragma unroll
     for (int c = 0; c < kChunks; c++) store_slot(from + end.within(c), all_bits_set());
-  };
+  }
+  const auto own = [&](int c) { return load_shared(half_in<T>(staging, half) + static_cast<uint32_t>(end.within(c))); };
   auto* y = static_cast<uint16_t*>(a.y);
   const auto store = [&](int c, uint4 v) {
     const int row = end.token(at, c), column = at.column + 32 * (c >> 1) + 8 * (lane & 3);
     v = fine ? end.rows(v) : all_bits_set();
     if (row < a.m && column < a.n) *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * a.n + column) = v;
   };
-  end.template sum_of_two<kChunks>(at, own, load, store);
+  end.sum_of_two(at, own, other, store);
   return fine;
 }
 
@@ -122,7 +128,7 @@ __device__ __forceinline__ void exchange_last(const PrefillCuda& a, const Sessio
     stamp(Stamp::stored, visit + 1 + half);
   }
   // One piece of code for both: what is run for the first time comes from L2.
-  bool fine = s.alive;
+  bool fine = s.alive && await_agreement(h);
 #pragma unroll 1
   for (int half = halves_of_storers(a); half < 2; half++) {
     fine = sum_half<T>(a, s, at, half, cta, warp, lane, fine, staging, h);
@@ -146,7 +152,7 @@ struct ExchangeStorer {
   __device__ __forceinline__ void store() const {
     constexpr int kParts = T::kMathWarps / T::kStorers;
     const int visits = schedule.visits();
-    bool fine = s.alive;
+    bool fine = s.alive && await_agreement(h);
 #pragma unroll 1
     for (int visit = 0; visit < visits; visit++) {
       const PrefillPlace at = schedule.place(visit);
@@ -179,6 +185,7 @@ struct ExchangeMover {
 
   __device__ __forceinline__ void move(bool fine) const {
     static_assert(kPieces == 2 * T::kMathWarps);
+    if (lane == 0) raise(&h->heard, fine ? Handover::kAgreed : Handover::kFailed);
     const int last = schedule.visits() - 1;
 #pragma unroll 1
     for (int visit = 0; visit < last; visit++) {
@@ -193,6 +200,7 @@ struct ExchangeMover {
       stamp(Stamp::sent, visit);
       copies_read();
       fine = attend(visit + 1, visit + 1, fine);
+      __syncwarp();
       stamp(Stamp::freed, visit);
       if (lane == 0) raise(&h->freed, visit + 1);
     }

@@ -6,6 +6,7 @@
 namespace sglang_symm::device {
 
 struct Handover {
+  static constexpr uint32_t kAgreed = 1, kFailed = 2;
   // By math warp w: how many visits it has done; in one that ends by halves 1 more for the second, and 1 for the sums.
   uint32_t pushed[8];
   // By a storer: how many visits it has done with; between more than two ranks 1 more when all of it has arrived.
@@ -13,6 +14,7 @@ struct Handover {
   uint32_t freed;             // by the mover
   uint32_t step;              // by the producer
   uint32_t abandoned;         // what a peer was to send will not come
+  uint32_t heard;             // two ranks: what the headers say, 0 until they have come
   uint64_t arrived;           // more than two ranks: a barrier, a phase a tile of the own
   uint64_t y[kMaxWorldSize];  // there: where the ranks' y lie in their arenas
 };

@@ -1,10 +1,9 @@
 // The kernel of many tokens: a persistent GEMM whose tiles are summed over ranks while later tiles are computed.
 //
 // Between two ranks both visit the same tiles and send their partials to each other: as many bytes as if one of them
-// summed a tile and sent the sums, but nothing waits for anything, and y is stored by its own rank alone.
+// summed a tile and sent the sums, but no MMA waits for a peer, and y is stored by its own rank alone.
 //
-//   rank 0    math      | MMA 0  | MMA 1           | MMA 2           | MMA 3, all columns | half 0 | half 1 |        |
-//   sum 1 |
+//   rank 0    math      | MMA 0  | MMA 1           | MMA 2           | MMA 3, all columns | half 0 | half 1 |   | sum 1
 //             mover     |        | partial of 0 -> | partial of 1 -> | partial of 2 ->    |        | half 0 | half 1 ->
 //             storers   |        | sum, y of 0     | sum, y of 1     | sum, y of 2        |        | sum 0  |
 //   rank 1    the same
@@ -29,12 +28,12 @@
 //              halves have a ring of their own over the same memory, with smaller stages
 //   staging    math warp w: pushed[w] = i + 1, tile i lies there        mover: freed = i + 1, it has been read out,
 //              also by the storers, each of which says stored = i + 1
+//   heard      two ranks: whether headers agree, before anything is read of what the peer sent
 //   abandoned  what a peer was to send will not come: for all who wait for it, whose time the mover keeps; between more
 //              ranks for storers, who then send nobody a sum of it
 //   arrived    more ranks: a barrier, a phase a tile of the own: its partials are here
 //   partials   more ranks: in the owner's arena, with a flag a tile in its slots: 1 when all of it has been written,
-//   then
-//              the sentinel again. The closing barrier holds a rank until its peers have summed what it sent, and
+//              then the sentinel again. The closing barrier holds a rank until its peers have summed what it sent, and
 //              nothing is sent before the call before has ended, hence staging memory is free between calls
 #pragma once
 
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   if (threadIdx.x < T::kMathWarps) handover.pushed[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
-    handover.stored[0] = handover.stored[1] = handover.freed = handover.abandoned = 0;
+    handover.stored[0] = handover.stored[1] = handover.freed = handover.abandoned = handover.heard = 0;
     handover.step = 2 * producer.ahead();
   }
   let_next_kernel_in();

@@ -16,23 +16,21 @@ enum class Stamp {
   begins,      // it may wait for the first stage
   filled,      // the first stage has come
   multiplied,  // the MMAs are done
-  may_store,   // two-shot: staging has been freed, or the partial is there
-  stored,      // and this warp's part handed over; each half of a tile that every rank sums
-  pushed,      // one-shot: this warp's part is on its way to the others' slots
-  summed,      // y is stored of what every rank sums
+  may_store,   // staging has been freed, or an owner's partials are there
+  stored,      // and this warp's part handed over; each half of the last tile between two ranks
+  summed,      // two ranks: y is stored; of the first half, and of tiles before the last, by storers
   // of a visit, the mover's
-  partial_awaited,  // own tiles
+  partial_awaited,  // more ranks: own tiles
   partial_came,
   taken,    // all math warps have handed their parts over
   sent,     // the last piece is with the copy engine
   freed,    // and staging has been read
-  arrived,  // others' tiles: all pieces are there, and the flag says so
+  arrived,  // more ranks, others' tiles: all pieces are there, and the flag says so
   count
 };
-constexpr const char* kStamps[] = {"previous_ended", "close_begins",    "close_ends",   "end",    "begins",  //
-                                   "filled",         "multiplied",      "may_store",    "stored", "pushed",  //
-                                   "summed",         "partial_awaited", "partial_came", "taken",  "sent",    //
-                                   "freed",          "arrived"};
+constexpr const char* kStamps[] = {
+    "previous_ended", "close_begins", "close_ends",      "end",          "begins", "filled", "multiplied", "may_store",
+    "stored",         "summed",       "partial_awaited", "partial_came", "taken",  "sent",   "freed",      "arrived"};
 static_assert(sizeof kStamps / sizeof kStamps[0] == static_cast<size_t>(Stamp::count));
 
 #ifdef SGLANG_SYMM_TRACE

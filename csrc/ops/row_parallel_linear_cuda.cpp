@@ -27,14 +27,17 @@ MatrixCuda matrix_of(const at::Tensor& t) {
 }
 
 // Too small an arena makes the call slower, not wrong, and on all ranks alike.
-void warn_small_once(Group& group, const Descriptor& descriptor, const char* what, size_t needed, size_t have) {
+void warn_small_once(Group& group, const Descriptor& descriptor, const char* what, size_t needed, size_t have,
+                     size_t most) {
   if (group.counters.warned_slots.exchange(true)) return;
   const size_t arena = dynamic_cast<CollectivesCuda&>(group.collectives()).arena_bytes();
   const size_t enough = (needed + have - 1) / have * arena;
+  const std::string advice =
+      needed > most ? cat("No arena has more than ", most)
+                    : cat(enough, " bytes are enough: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");
   TORCH_WARN(to_string(descriptor), " between ", group.world_size(), " ranks is not fused: it needs ", needed,
              " bytes of ", what, ", the arena of group '", group.config().name, "' has ", have, " (", arena,
-             " bytes in all). The result is right, but slower. ", enough,
-             " bytes are enough: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");
+             " bytes in all). The result is right, but slower. ", advice);
 }
 
 // What a kernel multiplies; or, where the copy engine takes no weight, the product of the library's GEMM.
@@ -75,7 +78,7 @@ bool decode(const Call& c) {
   const LayoutCuda& layout = c.collectives.layout();
   const size_t slots = slot_bytes(*config, world);
   if (slots > layout.slot_bytes) {
-    warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
+    warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes, kMaxSlots);
     return false;
   }
   const Operands operands(c.x, c.weight);
@@ -112,25 +115,28 @@ bool prefill(const Call& c) {
   if (!config) return false;
   const int64_t most = tokens_a_round(*config, m, n, world, layout.slot_bytes, layout.staging_bytes);
   if (most == 0) {
-    const PrefillConfig least = with_tokens(*config, std::min(m, kLeastRound), n, world);
-    const size_t slots = slot_bytes(least, world), staging = staging_bytes(least, std::min(m, kLeastRound), n, world);
+    const int64_t least = least_round(m);
+    const size_t slots = slot_bytes(with_tokens(*config, least, n, world), world);
+    const size_t staging = staging_bytes(*config, least, n, world);
     if (slots > layout.slot_bytes) {
-      warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes);
+      warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes, kMaxSlots);
     } else {
-      warn_small_once(c.group, c.descriptor, "staging memory", staging, layout.staging_bytes);
+      warn_small_once(c.group, c.descriptor, "staging memory", staging, layout.staging_bytes, kMaxStaging);
     }
     return false;
   }
-  // Up to 256 tokens cuBLAS is faster from about this many columns on (two H200s, us, the kernel's product and cuBLAS
-  // with an all-reduce: K = 4096 40.6, 41.2; 6144 51.4, 51.3; 8192 63.8, 62.0; 14336 106.8, 103.1). How a rank
-  // multiplies is its own affair, as its part of k is.
+  // Where every cluster has one narrow tile, cuBLAS is faster from about this many columns on (two H200s, us, the
+  // kernel's product and cuBLAS with an all-reduce: K = 4096 40.6, 41.2; 6144 51.4, 51.3; 8192 63.8, 62.0; 14336 106.8,
+  // 103.1). How a rank multiplies is its own affair, as its part of k is.
   constexpr int64_t kLong = 6144;
-  const Operands operands(c.x, c.weight, world == 2 && m <= kPrefillTokens && c.x.size(1) > kLong);
+  const bool is_one_narrow = world == 2 && config->tile_n == 128 && visits(*config) == 1;
+  const Operands operands(c.x, c.weight, is_one_narrow && c.x.size(1) > kLong);
   const at::Tensor bias = whole_words(c.bias);
   // Owners send y to every rank's arena; elsewhere it is copied from there. Between two ranks it is stored here alone.
   const bool has_owners = config->share > 0;
   const size_t bytes = c.out.nbytes();
-  const auto place = is_aligned(c.out) ? c.group.arena()->offset_of(c.out.const_data_ptr(), bytes) : std::nullopt;
+  const auto place =
+      has_owners && is_aligned(c.out) ? c.group.arena()->offset_of(c.out.const_data_ptr(), bytes) : std::nullopt;
   const at::Tensor y = has_owners || is_aligned(c.out) ? c.out : at::empty(c.out.sizes(), c.out.options());
   Descriptor descriptor = c.descriptor;
   descriptor.algorithm = has_owners ? Algorithm::two_shot : Algorithm::one_shot;

@@ -8,8 +8,6 @@ namespace sglang_symm {
 
 namespace {
 
-constexpr size_t kMaxSlots = 64 << 20;    // one-shot calls of 32 MiB between two ranks in one kernel
-constexpr size_t kMaxStaging = 32 << 20;  // larger calls that need it go in rounds
 constexpr size_t kMaxSmall = 64 << 10;
 constexpr size_t kUnit = 4096;
 

@@ -5,8 +5,7 @@
 //   arrived[p][s][c]          CTA c of rank s, when its         the owner   e of an old call   release / acquire
 //                             contributions are in staging
 //   done[p][s][c]             CTA c of rank s, when it no       the owner   e of an old call   release / acquire
-//                             longer touches a peer's memory,
-//                             but for slots that are awaited
+//                             longer touches a peer's memory
 //   proof[s]                  rank s, once, at creation         the owner   0                  a host barrier
 //   gate: epoch of CTA c      this rank's kernels, when their   CTA c       e of the last call end of a kernel
 //                             CTA c has read it
@@ -64,6 +63,9 @@ struct PadCuda {
   constexpr uint32_t& epoch(int cta) { return gate[cta % kGates].epoch[cta / kGates]; }
   constexpr const uint32_t& epoch(int cta) const { return gate[cta % kGates].epoch[cta / kGates]; }
 };
+
+constexpr size_t kMaxSlots = 64 << 20;    // of a parity: one-shot calls of 32 MiB between two ranks in one kernel
+constexpr size_t kMaxStaging = 32 << 20;  // larger calls that need it go in rounds
 
 // Where things lie in a CUDA arena; the same on all ranks.
 struct LayoutCuda {

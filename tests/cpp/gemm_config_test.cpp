@@ -115,7 +115,7 @@ TEST(PrefillConfig, FollowsTheTable) {
       {{2048, 8192, 2, 128}, "256x256 tiles, 8 x 32 in 128 CTAs, 3 stages, one-shot"},
       {{2048, 4096, 2, 132}, "256x256 tiles, 8 x 16 in 132 CTAs, 3 stages, one-shot"},
       {{8192, 4096, 2, 132}, "256x256 tiles, 32 x 16 in 132 CTAs, 3 stages, one-shot"},
-      {{256, 4096, 2, 132}, ""},                                                          // half of the SMs would idle
+      {{256, 4096, 2, 132}, ""},  // half of the SMs would idle
       {{512, 4096, 2, 132}, ""},
       {{256, 14336, 2, 132}, ""},  // a second wave for a few tiles
       // More than two ranks: owners sum.

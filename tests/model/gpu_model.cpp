@@ -43,11 +43,11 @@ enum class Kind : uint8_t {
   fused,
   fused_two_shot,
   prefill,
-  prefill_last,
+  exchange,
   direct_read
 };
 constexpr const char* kKinds[] = {
-    "one_shot",  // sentinel slots; between two ranks two chunks, of one CTA each. The prefill kernel, one-shot, too
+    "one_shot",  // sentinel slots; between two ranks two chunks, of one CTA each
     "two_shot",  // partials to their owner, sums to everybody: sentinel slots, too
     "direct",  // contributions to the owners' staging memory, arrived flags, headers; sums to everybody in place, done
                // flags
@@ -56,14 +56,11 @@ constexpr const char* kKinds[] = {
     "zero",    // headers alone: a barrier, 0 elements, what the process group will do. One CTA
     "fused",   // the decode kernel, one-shot: two tiles between two ranks, else one
     "fused_two_shot",  // the decode kernel, two-shot: results are collected one tile late
-    "prefill",  // the prefill kernel, two-shot: partials and their flags to the owner, sums to everybody, done flags
-    "prefill_last",  // the same between two ranks, which both sum the tiles of the last wave
+    "prefill",   // the prefill kernel: partials and their flags to the owner, sums to everybody, done flags
+    "exchange",  // the same between two ranks, which both sum all tiles
     "direct_read",  // direct between ranks that share a GPU: owners read everybody's tensor instead, behind the headers
 };
 
-constexpr bool is_prefill(Kind kind) {
-  return kind == Kind::prefill || kind == Kind::prefill_last;
-}
 constexpr bool is_direct(Kind kind) {
   return kind == Kind::direct || kind == Kind::direct_read;
 }
@@ -257,8 +254,8 @@ class Writer {
       if (kind == Kind::copy) copy();
       if (kind == Kind::fused) fused();
       if (kind == Kind::fused_two_shot) fused_two_shot();
-      if (is_prefill(kind)) prefill();
-      if (kind == Kind::prefill_last) exchange_last();
+      if (kind == Kind::prefill) prefill();
+      if (kind == Kind::exchange) exchange();
       base_ = begin_ = bit(add(Act::end, 0, 0, program_.of_call[call_] | base_, {}));
     }
     program_.begin[call_] = program_.ops.size();
@@ -308,8 +305,8 @@ class Writer {
     std::vector<int> words;
     each_peer([&](int s) { words.push_back(at_.header(me_, s, parity)); });
     if (mutant(Mutant::last_peer_not_awaited)) words.pop_back();
-    // Direct algorithms: every CTA awaits them as a whole.
-    const bool whole = is_direct(kind) || is_prefill(kind);
+    // Direct algorithms, prefill: every CTA awaits them as a whole.
+    const bool whole = is_direct(kind) || kind == Kind::prefill || kind == Kind::exchange;
     const int index = add(Act::await, whole ? kWorker : kSignal, call_, 0, words);
     program_.ops[index].compares = true;
     headers_ = bit(index);
@@ -416,14 +413,15 @@ class Writer {
     write_share_and_close(bit(add(Act::read, kWorker, call_, bit(taken), partials)));
   }
 
-  // What math warps push of the last wave's tiles, behind the flags in the slots. They wait for no header, and the
-  // closing barrier, which is another warp's, does not wait for them.
-  void exchange_last() {
-    const auto slot = [&](int d, int s) { return at_.slot(d, slot_parity(), kMaxRanks + s); };
-    each_peer([&](int d) { push(kReducer, 0, slot(d, me_)); });
-    std::vector<int> words;
-    each_peer([&](int s) { words.push_back(slot(me_, s)); });
-    re_arm(kReducer, take(kReducer, 0, words), words);
+  // The mover pushes tile after tile, storers take what comes.
+  void exchange() {
+    for (int tile = 0; tile < tiles(); tile++) {
+      const auto slot = [&](int d, int s) { return at_.slot(d, slot_parity(), s * tiles() + tile); };
+      each_peer([&](int d) { push(kWorker, headers_, slot(d, me_)); });
+      std::vector<int> words;
+      each_peer([&](int s) { words.push_back(slot(me_, s)); });
+      re_arm(kReducer, take(kReducer, 0, words), words);
+    }
   }
 
   void copy() {
@@ -747,7 +745,7 @@ class Machine : public explore::Narrator {
     const bool odd_call = config_.odd_rank >= 0 && op.call == 2;
     if (odd_call && !broken) violate(r, "returns from call 2, in which ranks disagree");
     const Kind kind = config_.calls[op.call - 1];
-    const bool has_tensor = is_direct(kind) || is_prefill(kind);
+    const bool has_tensor = is_direct(kind) || kind == Kind::prefill;
     if (broken && has_tensor) {
       for (int i = 0; i < config_.ranks; i++) state.now[at_.tensor(r, i)] = kSpoiled;
     } else if (has_tensor && !odd_call) {

@@ -28,11 +28,11 @@ ALL = SMALL + ",fused,fused_two_shot"
         (3, "--calls fused_two_shot,zero,fused_two_shot --in-order"),
         (4, "--calls one_shot,direct,copy --in-order"),
         (4, "--calls two_shot,fused --in-order"),
-        (2, f"--any {ALL},prefill,prefill_last --length 2 --in-order"),
+        (2, f"--any {ALL},prefill,exchange --length 2 --in-order"),
         (2, "--any prefill,one_shot,direct,zero --length 3 --in-order"),
         (2, "--calls prefill,prefill,prefill"),
-        (2, "--any prefill_last,prefill,one_shot,fused,zero --length 3 --in-order"),
-        (2, "--calls prefill_last,prefill_last,prefill_last"),
+        (2, "--any exchange,prefill,one_shot,fused,zero --length 3 --in-order"),
+        (2, "--calls exchange,exchange,exchange"),
         (3, "--any prefill,direct,fused --length 2 --in-order"),
         (4, "--calls prefill,prefill --in-order"),
         (2, f"--any {SMALL},direct_read --length 2"),
@@ -59,7 +59,7 @@ def test_in_every_order_each_kernel_finds_its_own_data(
         (4, "--calls one_shot,zero --in-order"),
         (2, "--any prefill,direct,one_shot --length 2"),
         (2, "--any direct,direct_read,one_shot --length 2"),
-        (2, "--any prefill_last,one_shot,zero --length 2"),
+        (2, "--any exchange,one_shot,zero --length 2"),
         (3, "--calls prefill,zero --in-order"),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_late_rank_returns_right_data_or_there_is_a_status(
         (2, "--calls fused,fused --in-order"),
         (3, "--calls fused_two_shot,zero --in-order"),
         (2, "--calls prefill,prefill --in-order"),
-        (2, "--any prefill_last,one_shot,zero --length 2 --in-order"),
+        (2, "--any exchange,one_shot,zero --length 2 --in-order"),
         (3, "--calls prefill,zero --in-order"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_rank_that_stops_anywhere_keeps_no_kernel_waiting(
 
 @pytest.mark.parametrize(
     ("ranks", "options"),
-    [(2, f"--any {ALL},prefill,prefill_last --length 2"), (3, f"--any {SMALL} --length 2 --in-order")],
+    [(2, f"--any {ALL},prefill,exchange --length 2"), (3, f"--any {SMALL} --length 2 --in-order")],
 )
 def test_nobody_returns_from_a_call_in_which_ranks_disagree(
     gpu_checker: Path, counts: list[str], ranks: int, options: str
@@ -118,7 +118,7 @@ def test_one_buffer_would_do_for_the_results_of_both_parities(
 MUTANTS = [
     ("one parity for all slots", 2, "one_shot,one_shot", "none", "overwrites slot.*data of call 1"),
     ("one parity for all slots", 2, "fused,fused", "none", "overwrites slot.*data of call 1"),
-    ("one parity for all slots", 2, "prefill_last,prefill_last", "none", "overwrites slot.*data of call 1"),
+    ("one parity for all slots", 2, "exchange,one_shot", "none", "overwrites slot.*data of call 1"),
     ("one header for both parities", 2, "zero,zero", "none", "overwrites header.* of call 1"),
     ("slots are not re-armed", 2, "one_shot,zero,one_shot", "none", "data of call 1"),
     ("slots are not re-armed", 2, "fused,zero,one_shot", "none", "data of call 1"),
@@ -127,6 +127,7 @@ MUTANTS = [
     ("slots of results are not re-armed", 3, "fused_two_shot,zero,fused_two_shot", "none", "data of call 1"),
     ("the last tile is not re-armed", 2, "fused,zero,fused", "none", "data of call 1"),
     ("headers are not awaited", 2, "one_shot,zero,one_shot", "none", "overwrites slot.*data of call 1"),
+    ("headers are not awaited", 2, "exchange,zero,exchange", "none", "overwrites slot.*data of call 1"),
     ("headers are not awaited", 2, "copy,copy,copy", "none", "overwrites copy.* of call 1"),
     ("the last peer's header is not awaited", 3, "zero,zero,zero", "none", "overwrites header.* of call 1"),
     ("a header of an older call counts", 2, "zero,zero,zero", "none", "header.* of call 1 for one of call 3"),
@@ -146,7 +147,7 @@ MUTANTS = [
     ("done flags are sent without a fence", 2, "prefill", "none", "without the result"),
     ("no done flag is awaited", 2, "prefill,prefill", "none", "without the result"),
     ("slots are not re-armed", 2, "prefill,zero,prefill", "none", "data of call 1"),
-    ("slots are not re-armed", 2, "prefill_last,zero,prefill_last", "none", "data of call 1"),
+    ("slots are not re-armed", 2, "exchange,zero,exchange", "none", "data of call 1"),
     ("the flag of a partial is raised before it has arrived", 2, "prefill", "none", "reads partial"),
     ("results of a tile are awaited before its sum is pushed", 2, "fused_two_shot", "none", "deadlock"),
     ("a kernel that gives up writes no status", 2, "one_shot", "late", "nobody is told"),

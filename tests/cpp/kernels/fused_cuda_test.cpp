@@ -608,6 +608,28 @@ TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
   }
 }
 
+// One pushes to slots before it has seen a header.
+TEST(FusedCuda, WhatARankSentInAnotherCallIsNotSummed) {
+  for (const Kind& kind : every_kind(seeds(2))) {
+    if (!std::holds_alternative<PrefillConfig>(kind.config)) continue;
+    std::mt19937_64 random(kind.seed);
+    Gpus gpus(kind.world, kind.seed, 600, 2, kArena);
+    Linear linear(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    linear.clear();
+    const size_t elements = 32 << 10;
+    Buffer x(elements, DType::bfloat16), y(elements, DType::bfloat16);
+    std::memset(x.data(), 0, x.bytes());
+    for (int r = 1; r < kind.world; r++) {
+      gpus[r].collectives->all_reduce(describe(OpCode::all_reduce, Algorithm::one_shot, DType::bfloat16, elements),
+                                      {x.data(), y.data(), elements, DType::bfloat16}, &gpus[r].stream);
+    }
+    linear.enqueue(gpus, 0);
+    gpus.run();
+    EXPECT_EQ(gpus[0].signal->own_pad()->device.kind, AbortKind::disagree) << linear.what();
+    EXPECT_TRUE(linear.all_nan(0)) << linear.what();
+  }
+}
+
 TEST(FusedCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
   for (const Kind& kind : every_kind(seeds(1))) {
     std::mt19937_64 random(kind.seed);
