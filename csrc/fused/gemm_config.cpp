@@ -47,20 +47,18 @@ constexpr Row kDecode[] = {
 // 178, 185; 2048 tokens 185, 248 and 408, 499).
 struct PrefillRow {
   int min_world, max_world;
-  int max_m;
   int tile_n, stages;
   int least_visits, most_visits;
   double least_full;
 };
 constexpr PrefillRow kPrefill[] = {
-    {2, 2, 256, 128, 6, 1, 1, 0.91},       //
-    {2, 2, kAny, 256, 3, 1, 1, 0.92},      //
-    {2, 2, kAny, 256, 3, 2, 2, 0.91},      //
-    {2, 2, kAny, 128, 6, 3, 3, 0.92},      //
-    {2, 2, kAny, 128, 6, 5, 15, 0.9},      //
-    {2, 2, kAny, 256, 3, 3, kAny, 0.87},   //
-    {3, 4, kAny, 128, 6, 3, 4, 0.93},      //
-    {3, 4, kAny, 128, 6, 5, kAny, 0.853},  //
+    {2, 2, 256, 3, 1, 1, 0.92},      //
+    {2, 2, 256, 3, 2, 2, 0.91},      //
+    {2, 2, 128, 6, 3, 3, 0.92},      //
+    {2, 2, 128, 6, 5, 15, 0.9},      //
+    {2, 2, 256, 3, 3, kAny, 0.87},   //
+    {3, 4, 128, 6, 3, 4, 0.93},      //
+    {3, 4, 128, 6, 5, kAny, 0.853},  //
 };
 
 // Between two ranks half of the last visit's tiles takes 0.18 us a tile over the link between two H200s (64 KB at 361
@@ -121,13 +119,13 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
   const int clusters = s.sms / kPrefillCluster;
   if (clusters < 1 || s.m > kLongest || s.n > kLongest) return std::nullopt;
   for (const PrefillRow& row : kPrefill) {
-    if (s.world_size < row.min_world || s.world_size > row.max_world || s.m > row.max_m) continue;
+    if (s.world_size < row.min_world || s.world_size > row.max_world) continue;
     const PrefillConfig c = with_tokens(
         {.tile_n = row.tile_n, .stages = row.stages, .ctas = kPrefillCluster * clusters}, s.m, s.n, s.world_size);
     const int count = over(int64_t{c.tiles_m} * c.tiles_n, clusters);
     if (count < row.least_visits || count > row.most_visits) continue;
     // Two narrow visits are a wide one, and take longer.
-    if (s.world_size == 2 && row.least_visits > 1 && row.tile_n == 128 && count % 2 == 0) continue;
+    if (s.world_size == 2 && row.tile_n == 128 && count % 2 == 0) continue;
     const double most = static_cast<double>(count) * clusters * kPrefillTokens * row.tile_n;
     if (static_cast<double>(s.m) * static_cast<double>(s.n) < row.least_full * most) continue;
     return c;

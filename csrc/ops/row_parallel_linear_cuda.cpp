@@ -44,8 +44,8 @@ void warn_small_once(Group& group, const Descriptor& descriptor, const char* wha
 struct Operands {
   at::Tensor tokens, weight, partial;
 
-  Operands(const at::Tensor& x, const at::Tensor& w, bool by_library = false) : tokens(x), weight(w) {
-    if (by_library || !is_taken(w)) {
+  Operands(const at::Tensor& x, const at::Tensor& w) : tokens(x), weight(w) {
+    if (!is_taken(w)) {
       partial = at::mm(x, w.t());
       tokens = weight = partial;
     } else if (!is_taken(x)) {
@@ -125,12 +125,7 @@ bool prefill(const Call& c) {
     }
     return false;
   }
-  // Where every cluster has one narrow tile, cuBLAS is faster from about this many columns on (two H200s, us, the
-  // kernel's product and cuBLAS with an all-reduce: K = 4096 40.6, 41.2; 6144 51.4, 51.3; 8192 63.8, 62.0; 14336 106.8,
-  // 103.1). How a rank multiplies is its own affair, as its part of k is.
-  constexpr int64_t kLong = 6144;
-  const bool is_one_narrow = world == 2 && config->tile_n == 128 && visits(*config) == 1;
-  const Operands operands(c.x, c.weight, is_one_narrow && c.x.size(1) > kLong);
+  const Operands operands(c.x, c.weight);
   const at::Tensor bias = whole_words(c.bias);
   // Owners send y to every rank's arena; elsewhere it is copied from there. Between two ranks it is stored here alone.
   const bool has_owners = config->share > 0;

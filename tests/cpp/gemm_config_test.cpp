@@ -96,9 +96,7 @@ TEST(PrefillConfig, FollowsTheTable) {
   const Row rows[] = {
       {{64, 8192, 2, 132}, ""},
       {{128, 8192, 2, 132}, ""},
-      {{240, 8192, 2, 132}, ""},  // products of nothing cost more than the fusion gains
-      {{241, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
-      {{256, 8192, 2, 132}, "256x128 tiles, 1 x 64 in 128 CTAs, 6 stages, one-shot"},
+      {{256, 8192, 2, 132}, ""},  // nothing to hide under
       {{300, 8192, 2, 132}, ""},  // half of the products would be of nothing
       {{480, 8192, 2, 132}, ""},
       {{490, 8192, 2, 132}, "256x256 tiles, 2 x 32 in 128 CTAs, 3 stages, one-shot"},
@@ -172,7 +170,7 @@ TEST(PrefillConfig, SlotsHoldTheOtherRanksPartOfAllTilesOrFlags) {
   EXPECT_EQ(c->late_steps, 27) << "as long as half of the last visit's 58 tiles is on its way";
   // 256 tokens less: 224 tiles, 26 of them in the last visit.
   EXPECT_EQ(with_tokens(*c, 1792, 8192, 2).late_steps, 12);
-  EXPECT_EQ(with_tokens(*c, 1800, 8000, 2).tiles_n, 32);
+  EXPECT_EQ(visits(*c), 4);
   const auto owned = choose_prefill({2048, 8192, 4, 132});
   ASSERT_TRUE(owned);
   EXPECT_EQ(owned->share, 128);
@@ -217,10 +215,10 @@ TEST(PrefillConfig, ARoundHoldsWhatSlotsAndStagingMemoryHold) {
   EXPECT_EQ(tokens(4, 64, 16), 1024);
   EXPECT_EQ(tokens(4, 64, 15), 0);
   EXPECT_EQ(tokens(4, 0, 128), 0);
-  const auto c = choose_prefill({250, 8192, 2, 132});
+  const auto c = choose_prefill({500, 8192, 2, 132});
   ASSERT_TRUE(c);
-  EXPECT_EQ(tokens_a_round(*c, 250, 8192, 2, 4 * kMega, 0), 250);
-  EXPECT_EQ(tokens_a_round(*c, 250, 8192, 2, 4 * kMega - 1, 0), 0) << "tiles are whole";
+  EXPECT_EQ(tokens_a_round(*c, 500, 8192, 2, 8 * kMega, 0), 500);
+  EXPECT_EQ(tokens_a_round(*c, 500, 8192, 2, 8 * kMega - 1, 0), 0) << "tiles are whole";
 }
 
 }  // namespace

@@ -88,8 +88,8 @@ def prefill(rank: int, size: int) -> Iterator[tuple[str, bool]]:
 
     group = Group(device="cuda", timeout=120.0, arena_bytes=512 << 20)
     for dtype in (torch.bfloat16, torch.float16):
-        for m, n, k in ((250, 8192, 136), (1000, 8000, 72), (1500, 8000, 72)):
-            case = Case(size, m, n, k, dtype, seed=m, bias=m == 250)
+        for m, n, k in ((500, 8192, 136), (750, 8192, 72), (1000, 8000, 72), (1500, 8000, 72)):
+            case = Case(size, m, n, k, dtype, seed=m, bias=m == 500)
             before = fused_calls(group)
             for static in (False, True):
                 y = case.call(group, rank, static_weight=static)

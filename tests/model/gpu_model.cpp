@@ -56,8 +56,8 @@ constexpr const char* kKinds[] = {
     "zero",    // headers alone: a barrier, 0 elements, what the process group will do. One CTA
     "fused",   // the decode kernel, one-shot: two tiles between two ranks, else one
     "fused_two_shot",  // the decode kernel, two-shot: results are collected one tile late
-    "prefill",   // the prefill kernel: partials and their flags to the owner, sums to everybody, done flags
-    "exchange",  // the same between two ranks, which both sum all tiles
+    "prefill",         // the prefill kernel: partials and their flags to the owner, sums to everybody, done flags
+    "exchange",        // the same between two ranks, which both sum all tiles
     "direct_read",  // direct between ranks that share a GPU: owners read everybody's tensor instead, behind the headers
 };
 
