@@ -586,6 +586,37 @@ TEST(FusedCuda, WhatACallThatGaveUpLeavesIsRightOrNan) {
   EXPECT_GT(broken, 5);
 }
 
+// A rank that took part and then stands still, its bulk copies apart: nobody may wait for it longer than the deadline.
+TEST(FusedCuda, ARankThatStopsInTheMiddleIsWaitedForInVainAndYIsRightOrNan) {
+  int broken = 0;
+  for (const Kind& kind : every_kind(seeds(3))) {
+    std::mt19937_64 random(kind.seed);
+    Gpus gpus(kind.world, random(), 5, 2, kArena);
+    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    call.fill_y(0x11);
+    call.enqueue(gpus);
+    const double steps = 500 * std::pow(60.0, static_cast<double>(random() % 1000) / 1000.0);
+    const int stopped = kind.world - 1;
+    try {
+      gpus.run(static_cast<uint64_t>(steps));
+    } catch (const std::runtime_error&) {  // the kernels did not end within so many
+      gpus.machine.forget(&gpus[stopped].stream);
+      gpus.run();
+    }
+    for (int r = 0; r < stopped; r++) {
+      const AbortRecord& record = gpus[r].signal->own_pad()->device;
+      const bool gave_up = gpus.pad(r).gate[0].broken != 0;
+      broken += gave_up ? 1 : 0;
+      if (gave_up && kind.world == 2) {
+        EXPECT_EQ(record.culprits, 1u << stopped) << call.what();
+      }
+      ASSERT_TRUE(call.is_right_or_nan(r))
+          << "seed " << kind.seed << ", " << steps << " steps, rank " << r << " of " << call.what();
+    }
+  }
+  EXPECT_GT(broken, 5);
+}
+
 TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
   for (const Kind& kind : every_kind(seeds(2))) {
     std::mt19937_64 random(kind.seed);
