@@ -421,6 +421,14 @@ MUTANTS = [
         seeds=20,
     ),
     KernelMutant(
+        "prefill, two ranks: what another call sent is summed",
+        EXCHANGE,
+        "  return __all_sync(kAllLanes, raised(&h->heard) == Handover::kAgreed) != 0;\n",
+        "  return true;\n",
+        "FusedCuda.WhatARankSentInAnotherCallIsNotSummed",
+        (PREFILL,),
+    ),
+    KernelMutant(
         "prefill, two ranks: a tile is sent before it is in staging",
         EXCHANGE,
         "      await_math<T>(h, lane, visit + 1);\n",

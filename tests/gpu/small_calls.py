@@ -80,7 +80,7 @@ def fused(rank: int, size: int) -> Iterator[tuple[str, bool]]:
 
 
 def prefill(rank: int, size: int) -> Iterator[tuple[str, bool]]:
-    """Every form of the kernel for many tokens: one-shot, two-shot, and two-shot whose last tiles both ranks sum."""
+    """Every form of the kernel for many tokens: one to three visits, wide and narrow tiles, some not full."""
     import torch
 
     from sglang_symm.distributed.group import Group
