@@ -37,14 +37,14 @@ constexpr Row kDecode[] = {
     {8, 64, 128, 64, 1, 6, 8, true, false, kAny},  //
 };
 
-// What loses to the library's GEMM and an all-reduce at some k has no row. A visit is a tile of each cluster; full is
-// how much of what all clusters could multiply in their visits is asked for. Between two H200s, N = 8192, us, this
-// kernel and cuBLAS with an all-reduce, K = 4096 and 14336: wide tiles, 1 visit, 512 tokens 70, 73 and 200, 206 (450
-// tokens 70, 66 and 201, 190); 2 visits, 1024 tokens 122, 148 and 385, 418 (900 tokens 119, 129 and 366, 361); 4
-// visits, 2048 tokens 230, 311 and 737, 828. Narrow ones, 3 visits, 768 tokens 98, 112 and 292, 302; 5 visits, 1280
-// tokens 154, 186. Between three and four: up to two waves, and a third or fourth whose tiles are not full, or a later
-// one's, have none (four H200s, N = 8192, us, K = 2048 and 7168: 512 tokens 70, 69 and 128, 121; 768 tokens 89, 98 and
-// 178, 185; 2048 tokens 185, 248 and 408, 499).
+// What loses to the library's GEMM and an all-reduce at a usual k has no row. A visit is a tile of each cluster; full
+// is how much of what all clusters could multiply in their visits is asked for. Between two H200s, N = 8192, us, this
+// kernel and cuBLAS with an all-reduce, K = 4096 and 14336: wide tiles, 1 visit, 512 tokens 68, 73 and 189, 199; 2
+// visits, 1024 tokens 116, 146 and 361, 401; 4 visits, 2048 tokens 210, 290 and 728, 787. Narrow ones, 1 visit, 256
+// tokens 40, 42 and 114, 106; 3 visits, 768 tokens 94, 109 and 297, 314; 5 visits, 1280 tokens 147, 183 and 483, 507.
+// Between three and four: up to two visits, and a third or fourth whose tiles are not full, or a later one's, have none
+// (four H200s, N = 8192, us, K = 2048 and 7168: 512 tokens 70, 69 and 128, 121; 768 tokens 89, 98 and 178, 185; 2048
+// tokens 185, 248 and 408, 499).
 struct PrefillRow {
   int min_world, max_world;
   int tile_n, stages;
@@ -55,7 +55,7 @@ constexpr PrefillRow kPrefill[] = {
     {2, 2, 256, 3, 1, 1, 0.92},      //
     {2, 2, 256, 3, 2, 2, 0.91},      //
     {2, 2, 128, 6, 3, 3, 0.92},      //
-    {2, 2, 128, 6, 5, 15, 0.9},      //
+    {2, 2, 128, 6, 5, 15, 0.94},     //
     {2, 2, 256, 3, 3, kAny, 0.87},   //
     {3, 4, 128, 6, 3, 4, 0.93},      //
     {3, 4, 128, 6, 5, kAny, 0.853},  //
