@@ -386,16 +386,6 @@ MUTANTS = [
         (PREFILL,),
     ),
     KernelMutant(
-        "prefill, two ranks: one parity for all slots",
-        EXCHANGE,
-        "s.parity() * a.slot_bytes",
-        "0 * a.slot_bytes",
-        # Prefill kernels await headers before they send; what comes next may not.
-        "FusedCuda.AReplayIs*",
-        (PREFILL,),
-        seeds=60,
-    ),
-    KernelMutant(
         "prefill, two ranks: a tile's halves lie at one place in the slots",
         EXCHANGE,
         "(2 * static_cast<size_t>(at.index) + half)",
@@ -443,15 +433,6 @@ MUTANTS = [
         "",
         TWO_RANKS,
         (PREFILL,),
-    ),
-    KernelMutant(
-        "prefill, two ranks: staging is given back before copies have read it",
-        EXCHANGE,
-        "      copies_read();\n",
-        "",
-        TWO_RANKS,
-        (PREFILL,),
-        seeds=20,
     ),
     KernelMutant(
         "prefill, two ranks: staging is given back before storers have summed it",
@@ -506,7 +487,7 @@ MUTANTS = [
         EXCHANGE,
         "    if (lane == 0) raise(&h->abandoned, 1);\n",
         "",
-        FUSED_MISSING,
+        FUSED_STOPS,
         (PREFILL,),
     ),
     KernelMutant(
@@ -514,7 +495,7 @@ MUTANTS = [
         EXCHANGE,
         "    attend(last + 3, last + 1, fine);\n",
         "    (void)fine;\n",
-        FUSED_MISSING,
+        FUSED_STOPS,
         (PREFILL,),
     ),
     KernelMutant(
@@ -523,14 +504,6 @@ MUTANTS = [
         "attend(last + 3, last + 1, fine)",
         "attend(last + 2, last + 1, fine)",
         FUSED_STOPS,
-        (PREFILL,),
-    ),
-    KernelMutant(
-        "prefill, two ranks: a CTA leaves while its copies are under way",
-        EXCHANGE,
-        "    copies_arrived();\n",
-        "",
-        TWO_RANKS,
         (PREFILL,),
     ),
     KernelMutant(
