@@ -425,7 +425,7 @@ TEST(FusedCuda, TheTablesOwnChoicesRun) {
   const struct {
     int world, n;
     const char* text;
-  } rows[] = {{2, 120, "256x128 tiles, 1 x 1 in 2 CTAs, 6 stages, one-shot"},
+  } rows[] = {{2, 504, "256x256 tiles, 1 x 2 in 2 CTAs, 3 stages, one-shot"},
               {2, 256, "256x256 tiles, 1 x 1 in 2 CTAs, 3 stages, one-shot"},
               {2, 376, "256x128 tiles, 1 x 3 in 2 CTAs, 6 stages, one-shot"},
               {2, 760, "256x256 tiles, 1 x 3 in 2 CTAs, 3 stages, one-shot"},
