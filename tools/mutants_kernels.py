@@ -493,8 +493,8 @@ MUTANTS = [
     KernelMutant(
         "prefill, two ranks: nobody keeps the time of the last tile's sums",
         EXCHANGE,
-        "    attend(last + 3, last + 1, fine);\n",
-        "    (void)fine;\n",
+        "    fine = attend(last + 3, last + 1, fine);\n",
+        "",
         FUSED_STOPS,
         (PREFILL,),
     ),

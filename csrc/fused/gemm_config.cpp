@@ -73,6 +73,10 @@ int over(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
 }
 
+int64_t tokens_of_rounds(int64_t m, int64_t rounds) {
+  return int64_t{over(over(m, rounds), kPrefillTokens)} * kPrefillTokens;
+}
+
 }  // namespace
 
 std::optional<GemmConfig> choose_decode(const GemmShape& s) {
@@ -122,7 +126,7 @@ std::optional<PrefillConfig> choose_prefill(const GemmShape& s) {
     if (s.world_size < row.min_world || s.world_size > row.max_world) continue;
     const PrefillConfig c = with_tokens(
         {.tile_n = row.tile_n, .stages = row.stages, .ctas = kPrefillCluster * clusters}, s.m, s.n, s.world_size);
-    const int count = over(int64_t{c.tiles_m} * c.tiles_n, clusters);
+    const int count = visits(c);
     if (count < row.least_visits || count > row.most_visits) continue;
     // Two narrow visits are a wide one, and take longer.
     if (s.world_size == 2 && row.tile_n == 128 && count % 2 == 0) continue;
@@ -173,12 +177,6 @@ size_t staging_bytes(const PrefillConfig& config, int64_t m, int64_t n, int worl
 int visits(const PrefillConfig& c) {
   return over(int64_t{c.tiles_m} * c.tiles_n, c.ctas / kPrefillCluster);
 }
-
-namespace {
-int64_t tokens_of_rounds(int64_t m, int64_t rounds) {
-  return int64_t{over(over(m, rounds), kPrefillTokens)} * kPrefillTokens;
-}
-}  // namespace
 
 int64_t least_round(int64_t m) {
   int64_t rounds = 1;

@@ -77,6 +77,16 @@ __device__ __forceinline__ int halves_of_storers(const PrefillCuda& a) {
 
 // ---- math warps ----
 
+// A warp's rounded part of a half, chunk by chunk from `rounded` on, into staging.
+template <class T>
+__device__ __forceinline__ void store_half(const PrefillEpilogue<HalfTile<T>>& end, uint32_t staging, int half,
+                                           const uint4* rounded) {
+#pragma unroll
+  for (int c = 0; c < HalfTile<T>::kChunks; c++) {
+    store_shared(half_in<T>(staging, half) + static_cast<uint32_t>(end.within(c)), rounded[c]);
+  }
+}
+
 // Its part of a tile with a visit still to come: the mover sends it under the MMAs of that, and storers sum it.
 template <class T>
 __device__ __forceinline__ void hand_halves_over(const PrefillCuda& a, const Session& s, const PrefillPlace& at,
@@ -90,10 +100,7 @@ __device__ __forceinline__ void hand_halves_over(const PrefillCuda& a, const Ses
   wait_raised(&h->freed, visit);
   stamp(Stamp::may_store, visit);
 #pragma unroll
-  for (int c = 0; c < T::kChunks; c++) {
-    const auto within = static_cast<uint32_t>(of_half.within(c % Half::kChunks));
-    store_shared(half_in<T>(staging, c / Half::kChunks) + within, rounded[c]);
-  }
+  for (int half = 0; half < 2; half++) store_half<T>(of_half, staging, half, rounded + half * Half::kChunks);
   tell_pushed(h, warp, lane, visit + 1);
   stamp(Stamp::stored, visit);
 }
@@ -120,10 +127,7 @@ __device__ __forceinline__ void exchange_last(const PrefillCuda& a, const Sessio
     end.round(at.half(half, Half::kTileN), d[half], rounded);
     if (half == 0) wait_raised(&h->freed, visit);
     stamp(Stamp::may_store, visit + 1 + half);
-#pragma unroll
-    for (int c = 0; c < Half::kChunks; c++) {
-      store_shared(half_in<T>(staging, half) + static_cast<uint32_t>(end.within(c)), rounded[c]);
-    }
+    store_half<T>(end, staging, half, rounded);
     tell_pushed(h, warp, lane, visit + 1 + half);
     stamp(Stamp::stored, visit + 1 + half);
   }
@@ -183,7 +187,8 @@ struct ExchangeMover {
   Handover* h;
   int lane;
 
-  __device__ __forceinline__ void move(bool fine) const {
+  // Whether all that was waited for came.
+  __device__ __forceinline__ bool move(bool fine) const {
     static_assert(kPieces == 2 * T::kMathWarps);
     if (lane == 0) raise(&h->heard, fine ? Handover::kAgreed : Handover::kFailed);
     const int last = schedule.visits() - 1;
@@ -219,8 +224,9 @@ struct ExchangeMover {
       }
       stamp(Stamp::sent, last + 1 + half);
     }
-    attend(last + 3, last + 1, fine);
+    fine = attend(last + 3, last + 1, fine);
     copies_arrived();
+    return fine;
   }
 
  private:

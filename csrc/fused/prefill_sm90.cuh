@@ -117,12 +117,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (warp == T::kMover) {
       if (s.alive && blockIdx.x == 0) send_headers(s);
       if (s.alive) fine = await_headers(s);  // in every CTA: nothing goes to who does not take part
-      const Mover mover{a, s, schedule, staging, &handover, lane};
-      if constexpr (T::kTwoRanks) {
-        mover.move(fine);
-      } else {
-        fine = mover.move(fine);
-      }
+      fine = Mover{a, s, schedule, staging, &handover, lane}.move(fine);
     }
     if (warp >= T::kFirstStorer) {
       Storer{a, s, schedule, warp - T::kFirstStorer, lane, staging, &handover}.store();

@@ -33,7 +33,7 @@ void warn_small_once(Group& group, const Descriptor& descriptor, const char* wha
   const size_t arena = dynamic_cast<CollectivesCuda&>(group.collectives()).arena_bytes();
   const size_t enough = (needed + have - 1) / have * arena;
   const std::string advice =
-      needed > most ? cat("No arena has more than ", most)
+      needed > most ? cat("No arena has more than ", most, " of them")
                     : cat(enough, " bytes are enough: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");
   TORCH_WARN(to_string(descriptor), " between ", group.world_size(), " ranks is not fused: it needs ", needed,
              " bytes of ", what, ", the arena of group '", group.config().name, "' has ", have, " (", arena,
