@@ -277,9 +277,9 @@ MUTANTS = [
     CudaMutant(
         "fused, two CTAs a tile: the other half of k is added before it has come",
         "fused/decode_sm90.cuh",
-        "if (work.part == 0) barrier_wait_cluster(came, 0);",
+        "barrier_wait_cluster(came, (i >> 1) & 1);",
         "",
-        FUSED_TEST + "'share_a_tile and bfloat16 and 2048'",
+        FUSED_TEST + "'pairs_of_ctas and bfloat16 and 2048'",
         (FUSED,),
     ),
     CudaMutant(
@@ -294,8 +294,8 @@ MUTANTS = [
     CudaMutant(
         "fused, two-shot: results of the last tile are not collected",
         "fused/decode_sm90.cuh",
-        "if (reducers.two_shot() && summed > 0) reducers.collect(work.tile_of(summed - 1));",
-        "(void)0;",
+        "if (reducers.two_shot() && before >= 0) reducers.collect(before);\n  }\n",
+        "}\n",
         TOKENS,
         (FUSED,),
         ranks=4,

@@ -25,7 +25,8 @@ Instance instance_of(const GemmConfig& c) {
     found = {&decode<T>, T::kThreads};
   };
   offer(Tile<Type, 2, 64, 16, 4, 4>{});
-  offer(Tile<Type, 2, 64, 64, 2, 4>{});
+  offer(Tile<Type, 2, 64, 32, 4, 4>{});
+  offer(Tile<Type, 2, 64, 64, 2, 8>{});
   offer(Tile<Type, 4, 64, 16, 4, 4>{});
   offer(Tile<Type, 4, 64, 64, 2, 8>{});
   offer(Tile<Type, 4, 128, 16, 1, 4>{});
@@ -46,7 +47,7 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
       dtype == DType::bfloat16 ? instance_of<device::BFloat16>(config) : instance_of<device::Float16>(config);
   // The library's product is of all of k.
   const bool pairs = config.k_parts > 1;
-  if (pairs && (config.ctas != 2 * config.tiles || args.partial != nullptr)) {
+  if (pairs && (config.ctas % 2 != 0 || config.ctas > 2 * config.tiles || args.partial != nullptr)) {
     fail(ErrorKind::system, "no grid for ", to_string(config));
   }
   if (instance.kernel == nullptr) fail(ErrorKind::system, "no decode kernel for ", to_string(config));

@@ -20,24 +20,48 @@ namespace sglang_symm::device {
 
 constexpr int kMaxStages = 8;
 
-// What a CTA does: tiles blockIdx.x, blockIdx.x + gridDim.x, ... with all of k; or of a pair (a.parts == 2) one tile
-// with half of it.
+// What a CTA does: of every tile blockIdx.x + i * gridDim.x all of k; or, of a pair (a.parts == 2), half of k of the
+// pair's tiles, whose sums both CTAs take turns to make.
 struct Work {
-  int tile, tiles;
-  int part;          // of k
+  int tile, stride, tiles;
+  int parts, part;   // of k
   int first, steps;  // of k: stages of columns
 
   __device__ __forceinline__ explicit Work(const DecodeCuda& a) {
     const int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x);
     const bool pair = a.parts > 1;
     const int half = (a.k_steps + 1) / 2;
+    parts = pair ? 2 : 1;
     part = pair ? static_cast<int>(cluster_rank()) : 0;
     tile = pair ? cta / 2 : cta;
-    tiles = pair ? 1 : (a.tiles - cta + ctas - 1) / ctas;
+    stride = pair ? ctas / 2 : ctas;
+    tiles = (a.tiles - tile + stride - 1) / stride;
     first = part * half;
     steps = !pair ? a.k_steps : part == 0 ? half : a.k_steps - half;
   }
-  __device__ __forceinline__ int tile_of(int i) const { return tile + i * static_cast<int>(gridDim.x); }
+  __device__ __forceinline__ int tile_of(int i) const { return tile + i * stride; }
+  // Who sums the pair's parts of tile i, pushes the partial, and sums all ranks'.
+  __device__ __forceinline__ int leader_of(int i) const { return i & (parts - 1); }
+  __device__ __forceinline__ bool leads(int i) const { return leader_of(i) == part; }
+};
+
+// The stage that the producer asks for next. Kept, not computed from its number: one thread asks for all that an SM
+// gets, and two divisions a stage were a quarter of its time.
+template <class T>
+struct Cursor {
+  const Work& work;
+  int i = 0;  // the CTA's tile
+  int row = work.tile_of(0) * T::kTileN;
+  int column = work.first * T::kStageColumns;
+  int left = work.steps;  // of the tile, this one too
+
+  __device__ __forceinline__ void next() {
+    column += T::kStageColumns;
+    if (--left > 0) return;
+    row = work.tile_of(++i) * T::kTileN;
+    column = work.first * T::kStageColumns;
+    left = work.steps;
+  }
 };
 
 // One thread.
@@ -51,40 +75,43 @@ struct Producer {
   int total;  // stages that this CTA consumes
   int ahead;  // of them, before anything is consumed
 
-  __device__ __forceinline__ void weight(int step, int stage) const {
-    const int i = step / work.steps, k = work.first + step - i * work.steps;
-    barrier_expect(&ring.full[stage], T::kWeightBytes + a.m * T::kBoxes * T::kRowBytes);
+  __device__ __forceinline__ void weight(const Cursor<T>& at, uint32_t to, uint64_t* full) const {
+    barrier_expect(full, T::kWeightBytes + a.m * T::kBoxes * T::kRowBytes);
 #pragma unroll
     for (int box = 0; box < T::kBoxes; box++) {
-      load_box(ring.memory + stage * T::kStageBytes + box * T::kTileN * T::kRowBytes, weight_map,
-               (k * T::kBoxes + box) * kBoxColumns, work.tile_of(i) * T::kTileN, &ring.full[stage], kEvictFirst);
+      load_box(to + box * T::kTileN * T::kRowBytes, weight_map, at.column + box * kBoxColumns, at.row, full,
+               kEvictFirst);
     }
   }
   // m rows of the tile's. What lies behind them in shared memory makes columns of the product that are nobody's. Rows
   // outside of the tensor, which TMA fills with zeros, cost more than rows of it: 24 tokens took 27 us that take 21.
-  __device__ __forceinline__ void tokens(int step, int stage) const {
-    const int k = work.first + step % work.steps;
-    const uint32_t to = ring.memory + stage * T::kStageBytes + T::kWeightBytes;
+  __device__ __forceinline__ void tokens(const Cursor<T>& at, uint32_t to, uint64_t* full) const {
 #pragma unroll
     for (int box = 0; box < T::kBoxes; box++) {
-      load_box(to + box * T::kTileM * T::kRowBytes, token_map, (k * T::kBoxes + box) * kBoxColumns, 0,
-               &ring.full[stage], kEvictLast);
+      load_box(to + T::kWeightBytes + box * T::kTileM * T::kRowBytes, token_map, at.column + box * kBoxColumns, 0, full,
+               kEvictLast);
     }
   }
   __device__ __forceinline__ void fill_weights() const {
-    for (int step = 0; step < ahead; step++) weight(step, step);
+    Cursor<T> at{work};
+    for (int s = 0; s < ahead; s++, at.next()) weight(at, ring.memory + s * T::kStageBytes, &ring.full[s]);
   }
   __device__ __forceinline__ void fill_tokens() const {
-    for (int step = 0; step < ahead; step++) tokens(step, step);
+    Cursor<T> at{work};
+    for (int s = 0; s < ahead; s++, at.next()) tokens(at, ring.memory + s * T::kStageBytes, &ring.full[s]);
   }
   __device__ __forceinline__ void stream() const {
-    Position at;
+    Cursor<T> at{work};
+    for (int s = 0; s < ahead; s++) at.next();
+    Position p;
 #pragma unroll 1
     for (int step = ahead; step < total; step++) {
-      barrier_wait(&ring.empty[at.stage], at.parity);
-      weight(step, at.stage);
-      tokens(step, at.stage);
-      at.next(ring.stages);
+      const uint32_t to = ring.memory + p.stage * T::kStageBytes;
+      barrier_wait(&ring.empty[p.stage], p.parity);
+      weight(at, to, &ring.full[p.stage]);
+      tokens(at, to, &ring.full[p.stage]);
+      at.next();
+      p.next(ring.stages);
     }
   }
 };
@@ -137,20 +164,25 @@ __device__ __forceinline__ void multiply(int steps, const Ring& ring, int lane, 
   }
 }
 
-// The pair's second CTA gives its half of k to the first, warp by warp; true in the first. `came` counts what arrives
-// there, in `received`.
+// Of a pair the CTA that leads tile i adds the other's half of k to its own, warp by warp. `came` counts what arrives
+// there, in `received`: of one tile in two. It is free for the next: the other's warp sends that after it has had this
+// warp's half of the tile between, which this warp sends after it has read here.
 template <class T>
-__device__ __forceinline__ bool add_up(const Work& work, uint32_t received, uint64_t* came, int warp, int lane,
+__device__ __forceinline__ void add_up(const Work& work, int i, uint32_t received, uint64_t* came, int warp, int lane,
                                        float (&d)[T::kHalves][T::kTileM / 2]) {
   constexpr int kUnitFloats = 4, kUnitsOfHalf = T::kTileM / 2 / kUnitFloats, kUnits = T::kHalves * kUnitsOfHalf;
   const uint32_t at = received + (warp * kUnits * kWarp + lane) * 16;
-  if (work.part == 0) barrier_wait_cluster(came, 0);
+  const bool leads = work.leads(i);
+  if (leads) {
+    if (lane == 0) barrier_expect(came, kUnits * kWarp * 16);
+    barrier_wait_cluster(came, (i >> 1) & 1);
+  }
 #pragma unroll
   for (int unit = 0; unit < kUnits; unit++) {
     float* mine = &d[unit / kUnitsOfHalf][unit % kUnitsOfHalf * kUnitFloats];
     const uint32_t there = at + unit * kWarp * 16;
-    if (work.part != 0) {
-      store_shared_at(there, mine, came, 0);
+    if (!leads) {
+      store_shared_at(there, mine, came, work.leader_of(i));
       continue;
     }
     const uint4 v = load_shared(there);
@@ -159,7 +191,6 @@ __device__ __forceinline__ bool add_up(const Work& work, uint32_t received, uint
     mine[2] = __fadd_rn(mine[2], __uint_as_float(v.z));
     mine[3] = __fadd_rn(mine[3], __uint_as_float(v.w));
   }
-  return work.part == 0;
 }
 
 // The same of a product that the library has made.
@@ -191,9 +222,7 @@ __global__ void __maxnreg__(T::kRegisters)
   const Work work(a);
   const int tiles = work.tiles, total = a.partial == nullptr ? tiles * work.steps : 0;
   const Producer<T> producer{a, &weight_map, &token_map, ring, work, total, min(total, a.stages)};
-  const bool produces = warp == T::kProducer && lane == 0;
-
-  if (produces) {
+  if (warp == T::kProducer && elect_one()) {
     prefetch_map(&weight_map);
     prefetch_map(&token_map);
     for (int s = 0; s < a.stages; s++) {
@@ -211,7 +240,7 @@ __global__ void __maxnreg__(T::kRegisters)
   } else {
     __syncthreads();
   }
-  if (produces) {  // before the epoch is read: a look at memory is 0.7 us
+  if (warp == T::kProducer && elect_one()) {  // before the epoch is read: a look at memory is 0.7 us
     wait_for_previous_kernel();
     if (!a.static_weight) producer.fill_weights();
     producer.fill_tokens();
@@ -222,14 +251,11 @@ __global__ void __maxnreg__(T::kRegisters)
     const bool signals = blockIdx.x == 0 && s.alive;
     __syncwarp();
     if (signals) send_headers(s);
-    if (produces) producer.stream();
+    if (elect_one()) producer.stream();
     __syncwarp();
     if (signals) await_headers(s);
   } else if (warp < T::kMathWarps) {
     Position at;
-    if (a.parts > 1 && work.part == 0 && lane == 0) {
-      barrier_expect(&came[warp], T::kTileN * T::kTileM * static_cast<int>(sizeof(float)) / T::kMathWarps);
-    }
     for (int i = 0; i < tiles; i++) {
       float d[T::kHalves][T::kTileM / 2];
       if (a.partial == nullptr) {
@@ -237,21 +263,24 @@ __global__ void __maxnreg__(T::kRegisters)
       } else {
         load_product<T>(a, work.tile_of(i), warp, lane, d);
       }
-      if (a.parts > 1 && !add_up<T>(work, ring.memory + a.stages * T::kStageBytes, &came[warp], warp, lane, d)) break;
+      if (a.parts > 1) add_up<T>(work, i, ring.memory + a.stages * T::kStageBytes, &came[warp], warp, lane, d);
+      if (!work.leads(i)) continue;
       if (s.alive) push_tile<T>(a, s, work.tile_of(i), warp, lane, d);
       __syncwarp();
       if (lane == 0) done[warp] = i + 1;
     }
   } else {
-    const int reducer = warp - T::kMathWarps, summed = work.part == 0 ? tiles : 0;
+    const int reducer = warp - T::kMathWarps;
     Reducer<T> reducers{a, s, reducer / 4, reducer % 4, lane, s.alive};
-    for (int i = 0; i < summed; i++) {
+    int before = -1;  // the tile whose results are still to be collected
+    for (int i = work.part; i < tiles; i += work.parts) {
       while (done[reducer % 4] <= static_cast<uint32_t>(i)) __nanosleep(64);
       __syncwarp();
       reducers.reduce(work.tile_of(i));
-      if (reducers.two_shot() && i > 0) reducers.collect(work.tile_of(i - 1));
+      if (reducers.two_shot() && before >= 0) reducers.collect(before);
+      before = work.tile_of(i);
     }
-    if (reducers.two_shot() && summed > 0) reducers.collect(work.tile_of(summed - 1));
+    if (reducers.two_shot() && before >= 0) reducers.collect(before);
   }
   end(s);
 }

@@ -16,25 +16,23 @@ struct Row {
   int max_world, max_m;
   int tile_n, tile_m, boxes, stages, reducers;
   bool two_shot;
-  bool one_wave;   // only where every tile has an SM
-  int least_busy;  // fewer tiles than SMs over this: the library, which cuts k, is faster
+  bool one_wave;  // only where every tile has an SM
 };
-// 2 ranks, N = K = 2048, M = 64: 10.5 us, and 9.5 with the library's GEMM and an all-reduce.
-constexpr int kAny = 1 << 20;
 constexpr Row kDecode[] = {
-    {2, 16, 64, 16, 4, 5, 4, false, false, kAny},  //
-    {2, 64, 64, 64, 2, 6, 4, false, false, 4},     //
-    {4, 16, 64, 16, 4, 5, 4, false, true, kAny},   //
-    {4, 64, 64, 64, 2, 6, 8, true, true, kAny},    //
-    {4, 8, 128, 16, 1, 6, 4, false, false, kAny},  //
-    {4, 16, 128, 16, 1, 6, 4, true, false, kAny},  //
-    {4, 64, 128, 64, 1, 6, 8, true, false, kAny},  //
-    {8, 8, 64, 16, 4, 5, 4, false, true, kAny},    //
-    {8, 16, 64, 16, 4, 5, 4, true, true, kAny},    //
-    {8, 64, 64, 64, 2, 6, 8, true, true, kAny},    //
-    {8, 8, 128, 16, 1, 6, 4, false, false, kAny},  //
-    {8, 16, 128, 16, 1, 6, 4, true, false, kAny},  //
-    {8, 64, 128, 64, 1, 6, 8, true, false, kAny},  //
+    {2, 16, 64, 16, 4, 5, 4, false, false},  //
+    {2, 32, 64, 32, 4, 4, 4, false, false},  //
+    {2, 64, 64, 64, 2, 6, 8, false, false},  //
+    {4, 16, 64, 16, 4, 5, 4, false, true},   //
+    {4, 64, 64, 64, 2, 6, 8, true, true},    //
+    {4, 8, 128, 16, 1, 6, 4, false, false},  //
+    {4, 16, 128, 16, 1, 6, 4, true, false},  //
+    {4, 64, 128, 64, 1, 6, 8, true, false},  //
+    {8, 8, 64, 16, 4, 5, 4, false, true},    //
+    {8, 16, 64, 16, 4, 5, 4, true, true},    //
+    {8, 64, 64, 64, 2, 6, 8, true, true},    //
+    {8, 8, 128, 16, 1, 6, 4, false, false},  //
+    {8, 16, 128, 16, 1, 6, 4, true, false},  //
+    {8, 64, 128, 64, 1, 6, 8, true, false},  //
 };
 
 // What loses to the library's GEMM and an all-reduce at a usual k has no row. A visit is a tile of each cluster; full
@@ -51,6 +49,7 @@ struct PrefillRow {
   int least_visits, most_visits;
   double least_full;
 };
+constexpr int kAny = 1 << 20;
 constexpr PrefillRow kPrefill[] = {
     {2, 2, 256, 3, 1, 1, 0.92},      //
     {2, 2, 256, 3, 2, 2, 0.91},      //
@@ -86,7 +85,6 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
     if (s.world_size > row.max_world || s.m > row.max_m) continue;
     const int tiles = static_cast<int>((s.n + row.tile_n - 1) / row.tile_n);
     if (row.one_wave && tiles > s.sms) continue;
-    if (int64_t{tiles} * row.least_busy < s.sms) return std::nullopt;
     return GemmConfig{.tile_n = row.tile_n,
                       .tile_m = row.tile_m,
                       .boxes = row.boxes,
@@ -102,19 +100,24 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
 }
 
 bool is_faster_apart_with_norm(const GemmConfig& c, const GemmShape& s) {
-  // Half of the SMs without a tile, so that the GEMM itself loses: a step of a Llama-3-8B (N = 4096) at batch 64 takes
-  // 5.95 ms for 6.08 on two H200s. Up to 16 tokens it makes no odds (1 %). Not measured between more GPUs.
-  return s.world_size == 2 && c.tile_m > 16 && 2 * c.tiles <= s.sms;
+  // Two H200s, us, 64 tokens, apart and not: N = 2048, K = 2048 10.3 and 10.9, 7168 17.0 and 17.5; N = 3072 12.6 and
+  // 12.2, 22.1 and 19.8. Not measured between more GPUs.
+  return s.world_size == 2 && c.tile_m > 32 && 4 * c.tiles <= s.sms;
 }
 
 GemmConfig with_columns(GemmConfig c, int64_t k, int sms) {
-  // Two ranks on one H200, N = 2048 on 64 SMs each, 64 tokens, us: K = 1024 9.8 and 10.8 by pairs, 2048 13.6 and 13.0,
-  // 7168 27.4 and 19.4, 14336 50.8 and 33.3. Up to 16 tokens more of the weight is under way in an SM, and it makes no
-  // odds.
-  constexpr int64_t kLeast = 2048;
-  if (2 * c.tiles > sms || c.tile_m <= 16 || k < kLeast) return c;
+  // A pair's visit is half of a CTA's. Two H200s, us, CTAs and pairs, 1 and 64 tokens: N = 2048 (32 tiles: an SM alone
+  // does not keep up), K = 2048 6.3 and 5.3, 8.0 and 6.8, K = 8192 15.9 and 11.8, 20.8 and 14.8; N = 10240 (160 tiles:
+  // two visits, or three of half), K = 4096 26.7 and 22.5, 29.8 and 27.1. As many visits: N = 5120, K = 4096 14.3 and
+  // 13.0, 16.1 and 17.2. For one visit of K = 1024 pairs are a loss: N = 8192 7.8 and 9.3.
+  constexpr int64_t kLeast = 2048, kLeastOfAsMany = 4096;
+  const int pairs = sms / 2;
+  if (c.tile_n != 64 || pairs == 0) return c;
+  const int visits = 2 * over(c.tiles, sms), visits_of_pairs = over(c.tiles, pairs);
+  if (visits_of_pairs > visits || k < (visits_of_pairs < visits ? kLeast : kLeastOfAsMany)) return c;
+  if (visits_of_pairs == visits && c.tile_m > 32) return c;
   c.k_parts = 2;
-  c.ctas = 2 * c.tiles;
+  c.ctas = 2 * std::min(c.tiles, pairs);
   return c;
 }
 

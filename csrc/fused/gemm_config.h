@@ -27,7 +27,7 @@ struct GemmConfig {
   int reducers;   // warps that sum: a group of four takes a part of each tile
   int tiles;      // tile_n rows each
   int ctas;       // one an SM; CTA b takes tiles b, b + ctas, ...
-  int k_parts;    // 1; or 2: CTAs 2 b and 2 b + 1 take half of k each of tile b
+  int k_parts;    // 1; or 2: CTAs 2 b and 2 b + 1 take half of k each of tiles b, b + ctas / 2, ...
   int max_world;  // ranks that the kernel has registers for
   bool two_shot;  // a rank sums its share of every tile and pushes the sums; else everybody sums everything
   friend bool operator==(const GemmConfig&, const GemmConfig&) = default;
@@ -57,7 +57,7 @@ constexpr int kPrefillCluster = 2;   // CTAs
 // in a slot; the shape is all that they depend on, and all ranks know it to be equal.
 std::optional<GemmConfig> choose_decode(const GemmShape& shape);
 
-// The same for k columns: where half of the SMs would have no tile, two CTAs share one. A rank's own affair, as k is.
+// The same for k columns: CTAs take their tiles in pairs where all SMs are busier then. A rank's own affair, as k is.
 GemmConfig with_columns(GemmConfig config, int64_t k, int sms);
 
 // Whether a residual and a norm behind the layer make the library's GEMM and one kernel that reduces and normalises

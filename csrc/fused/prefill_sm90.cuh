@@ -81,9 +81,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x & (kWarp - 1);
   const PrefillSchedule<T> schedule{a, static_cast<int>(cluster_rank())};
   const PrefillProducer<T> producer{a, &weight_map, &token_map, ring, half_ring, schedule, &handover.step};
-  const bool produces = warp == T::kProducer && lane == 0;
 
-  if (produces) {
+  if (warp == T::kProducer && elect_one()) {
     prefetch_map(&weight_map);
     prefetch_map(&token_map);
     for (int stage = 0; stage < a.stages + halves; stage++) {
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   let_next_kernel_in();
   cluster_sync();  // the other CTA's barriers count what is fetched for it
-  if (produces) {
+  if (warp == T::kProducer && elect_one()) {
     if (a.static_weight) producer.fill_weights();
     wait_for_previous_kernel();
     stamp(Stamp::previous_ended);
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   using Storer = std::conditional_t<T::kTwoRanks, ExchangeStorer<T>, OwnerStorer<T>>;
   bool fine = s.alive;
   if (warp >= T::kMathWarps) {
-    if (produces) producer.stream();
+    if (warp == T::kProducer && elect_one()) producer.stream();
     if (warp == T::kMover) {
       if (s.alive && blockIdx.x == 0) send_headers(s);
       if (s.alive) fine = await_headers(s);  // in every CTA: nothing goes to who does not take part

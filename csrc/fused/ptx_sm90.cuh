@@ -53,6 +53,14 @@ __device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t
       : "memory");
 }
 
+// One lane of the warp, all of which must be here. Unlike lane == 0 the assembler knows that it is one: without that
+// each fetch of the copy engine is a loop over lanes, of 60 cycles.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t chosen;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(chosen));
+  return chosen != 0;
+}
+
 // ---- clusters ----
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -225,6 +233,15 @@ struct Wgmma;
       asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." text "." text                                         \
                    " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"                                                \
                    : SGLANG_SYMM_D8(0)                                                                                 \
+                   : "l"(a), "l"(b));                                                                                  \
+    }                                                                                                                  \
+  };                                                                                                                   \
+  template <>                                                                                                          \
+  struct Wgmma<Type, 32> {                                                                                             \
+    static __device__ __forceinline__ void add(float (&d)[16], uint64_t a, uint64_t b) {                               \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." text "." text                                         \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"                \
+                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8)                                                              \
                    : "l"(a), "l"(b));                                                                                  \
     }                                                                                                                  \
   };                                                                                                                   \

@@ -10,6 +10,8 @@
 //                                                               are others
 #pragma once
 
+#include <algorithm>
+
 #include "fused/epilogue_sm90.cuh"
 
 namespace sglang_symm::device {
@@ -17,7 +19,7 @@ namespace sglang_symm::device {
 template <class T>
 struct Reducer {
   // Chunks that are under way together: as many loads as registers allow (T::kRegisters).
-  static constexpr int kBatch = T::kWorld == 2 && T::kGroupChunks >= 4 ? 4 : 1;
+  static constexpr int kBatch = T::kWorld == 2 ? std::min(T::kGroupChunks, 4) : 1;
 
   const DecodeCuda& a;
   const Session& s;

@@ -10,22 +10,24 @@ struct Row {
   std::string expected;  // empty: not for the decode kernel
 };
 
-TEST(GemmConfig, ANormBehindItLeavesGemmsOfHalfOfTheSmsToTheLibraryBetweenTwoRanks) {
+TEST(GemmConfig, ANormBehindItLeavesGemmsOfAQuarterOfTheSmsToTheLibraryBetweenTwoRanks) {
   const auto apart = [](const GemmShape& shape) { return is_faster_apart_with_norm(*choose_decode(shape), shape); };
-  EXPECT_TRUE(apart({64, 4096, 2, 132}));
-  EXPECT_TRUE(apart({17, 4224, 2, 132}));
-  EXPECT_FALSE(apart({16, 4096, 2, 132})) << "up to 16 tokens the GEMM is faster here";
-  EXPECT_FALSE(apart({64, 4232, 2, 132})) << "67 tiles: more than half of the SMs have one";
-  EXPECT_FALSE(apart({64, 4096, 2, 64})) << "on half of a GPU all SMs have one";
-  EXPECT_FALSE(apart({64, 4096, 4, 132}));
+  EXPECT_TRUE(apart({64, 2048, 2, 132}));
+  EXPECT_TRUE(apart({33, 2112, 2, 132}));
+  EXPECT_FALSE(apart({32, 2048, 2, 132})) << "up to 32 tokens the GEMM is faster here";
+  EXPECT_FALSE(apart({64, 2120, 2, 132})) << "34 tiles: more than a quarter of the SMs have one";
+  EXPECT_FALSE(apart({64, 2048, 2, 64})) << "on half of a GPU half of the SMs have one";
+  EXPECT_FALSE(apart({64, 2048, 4, 132}));
 }
 
 TEST(GemmConfig, FollowsTheTable) {
   const Row rows[] = {
       {{1, 8192, 2, 132}, "64x16 tiles, 128 in 128 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
-      {{17, 8192, 2, 132}, "64x64 tiles, 128 in 128 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
-      {{64, 14336, 2, 132}, "64x64 tiles, 224 in 132 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
-      {{64, 14336, 2, 64}, "64x64 tiles, 224 in 64 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
+      {{17, 8192, 2, 132}, "64x32 tiles, 128 in 128 CTAs, 4 stages of 256 columns, 4 reducers, one-shot"},
+      {{32, 8192, 2, 132}, "64x32 tiles, 128 in 128 CTAs, 4 stages of 256 columns, 4 reducers, one-shot"},
+      {{33, 8192, 2, 132}, "64x64 tiles, 128 in 128 CTAs, 6 stages of 128 columns, 8 reducers, one-shot"},
+      {{64, 14336, 2, 132}, "64x64 tiles, 224 in 132 CTAs, 6 stages of 128 columns, 8 reducers, one-shot"},
+      {{64, 14336, 2, 64}, "64x64 tiles, 224 in 64 CTAs, 6 stages of 128 columns, 8 reducers, one-shot"},
       {{3, 8192, 4, 32}, "128x16 tiles, 64 in 32 CTAs, 6 stages of 64 columns, 4 reducers, one-shot"},
       {{9, 8192, 4, 32}, "128x16 tiles, 64 in 32 CTAs, 6 stages of 64 columns, 4 reducers, two-shot"},
       {{40, 8192, 8, 16}, "128x64 tiles, 64 in 16 CTAs, 6 stages of 64 columns, 8 reducers, two-shot"},
@@ -38,8 +40,8 @@ TEST(GemmConfig, FollowsTheTable) {
       {{2, 8, 2, 132}, "64x16 tiles, 1 in 1 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
       {{2, 584, 2, 132}, "64x16 tiles, 10 in 10 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
       {{16, 2048, 2, 132}, "64x16 tiles, 32 in 32 CTAs, 5 stages of 256 columns, 4 reducers, one-shot"},
-      {{17, 2048, 2, 132}, ""},
-      {{17, 2112, 2, 132}, "64x64 tiles, 33 in 33 CTAs, 6 stages of 128 columns, 4 reducers, one-shot"},
+      {{17, 2048, 2, 132}, "64x32 tiles, 32 in 32 CTAs, 4 stages of 256 columns, 4 reducers, one-shot"},
+      {{64, 576, 2, 132}, "64x64 tiles, 9 in 9 CTAs, 6 stages of 128 columns, 8 reducers, one-shot"},
       {{0, 8192, 2, 132}, ""},
       {{65, 8192, 2, 132}, ""},
       {{1, 8192, 1, 132}, ""},
@@ -178,23 +180,42 @@ TEST(PrefillConfig, SlotsHoldTheOtherRanksPartOfAllTilesOrFlags) {
   EXPECT_EQ(staging_bytes(*owned, 2048, 8192, 4), size_t{2048} * 8192 * 2) << "y is more than the partials";
 }
 
-TEST(GemmConfig, WhereHalfOfTheSmsHaveNoTileTwoCtasShareOne) {
-  const auto text = [](int64_t m, int64_t n, int64_t k, int world = 2) {
-    return to_string(with_columns(*choose_decode({m, n, world, 132}), k, 132));
+TEST(GemmConfig, CtasTakeTheirTilesInPairsWhereAllSmsAreBusierThen) {
+  const auto text = [](int64_t m, int64_t n, int64_t k, int world = 2, int sms = 132) {
+    const std::string all = to_string(with_columns(*choose_decode({m, n, world, sms}), k, sms));
+    return all.substr(all.find(", ") + 2, all.find(" stages") - all.find(", ") - 5);
   };
-  EXPECT_EQ(text(17, 4096, 2048),
-            "64x64 tiles, 64 in 128 CTAs by half of k, 6 stages of 128 columns, 4 reducers, one-shot");
-  EXPECT_EQ(text(64, 4096, 2048, 8),
-            "64x64 tiles, 64 in 128 CTAs by half of k, 6 stages of 128 columns, 8 reducers, two-shot");
-  EXPECT_EQ(text(17, 4096, 2040), "64x64 tiles, 64 in 64 CTAs, 6 stages of 128 columns, 4 reducers, one-shot");
-  EXPECT_EQ(text(17, 4288, 2048), "64x64 tiles, 67 in 67 CTAs, 6 stages of 128 columns, 4 reducers, one-shot");
-  EXPECT_EQ(text(16, 4096, 2048), "64x16 tiles, 64 in 64 CTAs, 5 stages of 256 columns, 4 reducers, one-shot");
+  // Half of the SMs would have no tile.
+  EXPECT_EQ(text(1, 4096, 2048), "64 in 128 CTAs by half of k");
+  EXPECT_EQ(text(17, 4096, 2048), "64 in 128 CTAs by half of k");
+  EXPECT_EQ(text(64, 4096, 2048), "64 in 128 CTAs by half of k");
+  EXPECT_EQ(text(64, 4096, 2048, 8), "64 in 128 CTAs by half of k");
+  EXPECT_EQ(text(64, 4224, 2048), "66 in 132 CTAs by half of k");
+  EXPECT_EQ(text(64, 4224, 2040), "66 in 66 CTAs");
+  EXPECT_EQ(text(64, 64, 2048), "1 in 2 CTAs by half of k");
+  // One and a half visits for two.
+  EXPECT_EQ(text(64, 10240, 2048), "160 in 132 CTAs by half of k");
+  EXPECT_EQ(text(1, 12672, 2048), "198 in 132 CTAs by half of k");
+  // As many visits.
+  EXPECT_EQ(text(1, 8192, 4096), "128 in 132 CTAs by half of k");
+  EXPECT_EQ(text(32, 8192, 4096), "128 in 132 CTAs by half of k");
+  EXPECT_EQ(text(32, 8192, 4088), "128 in 128 CTAs");
+  EXPECT_EQ(text(33, 8192, 14336), "128 in 128 CTAs");
+  EXPECT_EQ(text(64, 12736, 4096), "199 in 132 CTAs");
+  // An odd number of SMs, and too few.
+  EXPECT_EQ(text(64, 2048, 2048, 2, 65), "32 in 64 CTAs by half of k");
+  EXPECT_EQ(text(1, 2048, 4096, 2, 33), "32 in 32 CTAs by half of k");
+  EXPECT_EQ(text(1, 2112, 4096, 2, 33), "33 in 33 CTAs") << "16 pairs take three visits of half";
+  EXPECT_EQ(text(1, 2048, 8192, 2, 1), "32 in 1 CTAs");
+  EXPECT_EQ(text(1, 8192, 8192, 4, 33), "64 in 33 CTAs") << "tiles of 128 rows";
   for (const int world : {2, 4, 8}) {
-    const auto config = choose_decode({64, 4096, world, 132});
-    const GemmConfig pairs = with_columns(*config, 4096, 132);
-    EXPECT_EQ(pairs.k_parts, 2);
-    EXPECT_LE(shared_bytes(pairs), size_t{227} << 10);
-    EXPECT_EQ(slot_bytes(pairs, world), slot_bytes(*config, world));
+    for (const int64_t m : {16, 17, 64}) {
+      const auto config = choose_decode({m, 4096, world, 132});
+      const GemmConfig pairs = with_columns(*config, 4096, 132);
+      EXPECT_EQ(pairs.k_parts, 2);
+      EXPECT_LE(shared_bytes(pairs), size_t{227} << 10);
+      EXPECT_EQ(slot_bytes(pairs, world), slot_bytes(*config, world));
+    }
   }
 }
 

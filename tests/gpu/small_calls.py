@@ -68,7 +68,17 @@ def fused(rank: int, size: int) -> Iterator[tuple[str, bool]]:
 
     group = Group(device="cuda", timeout=120.0, arena_bytes=64 << 20)
     for dtype in (torch.bfloat16, torch.float16):
-        for m, n, k in ((1, 72, 72), (5, 584, 264), (16, 1288, 72), (17, 2120, 72), (33, 2184, 264), (64, 2184, 72)):
+        for m, n, k in (
+            (1, 72, 72),
+            (5, 584, 264),
+            (16, 1288, 72),
+            (17, 2120, 72),
+            (33, 2184, 264),
+            (64, 2184, 72),
+            (3, 584, 2056),
+            (17, 584, 2056),
+            (64, 1288, 2056),
+        ):
             case = Case(size, m, n, k, dtype, seed=m, bias=m % 2 == 1)
             before = fused_calls(group)
             for static in (False, True, False):

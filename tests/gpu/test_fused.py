@@ -118,17 +118,17 @@ def test_any_n_and_k_that_are_multiples_of_8(make, rank, size, dtype, n, k):
     for m in (1, 5, 9, 16, 17, 33, 64):
         case = Case(size, m, n, k, dtype, seed=m, bias=m % 2 == 1)
         assert same(case.call(group, rank), case.expected()), m
-    # Between two ranks few tiles of many tokens are left to the library.
-    assert fused_calls(group) == (4 if size == 2 and 4 * -(-n // 64) < sms_of(group) else 7)
+    assert fused_calls(group) == 7
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [2048, 2200, 4104])
-def test_two_ctas_that_share_a_tile_give_the_bits_of_all_of_k(shared_group, exact_products, rank, size, dtype, k):
-    """As many tiles as half of the SMs: from 17 tokens on each CTA of a pair multiplies half of k."""
-    before, n = fused_calls(shared_group), tile_rows(size) * (sms_of(shared_group) // 2) - 8
-    for m in (17, 40, 64):
-        case = Case(size, m, n, k, dtype, seed=m, bias=m == 40)
+@pytest.mark.parametrize("tiles_an_sm", [0.5, 1, 1.25, 2.2])
+def test_pairs_of_ctas_give_the_bits_of_all_of_k(shared_group, exact_products, rank, size, dtype, k, tiles_an_sm):
+    """Each CTA multiplies half of k. One tile a pair, two (up to 32 tokens from 4096 columns on), three, five."""
+    before, n = fused_calls(shared_group), 64 * int(tiles_an_sm * sms_of(shared_group)) - 8
+    for m in (3, 17, 64):
+        case = Case(size, m, n, k, dtype, seed=m, bias=m == 17)
         want, differ = case.expected(), torch.zeros((), dtype=torch.int64, device="cuda")
         # A rank whose weight the copy engine does not take has no pairs, and its peers still do.
         odd = torch.zeros(n, k + 1, dtype=dtype, device="cuda")[:, 1:].copy_(case.ws[rank])
@@ -358,10 +358,12 @@ def sentence(call) -> str:
     return str(error).split("\n")[0]
 
 
-@pytest.mark.parametrize(("m", "k"), [(1, 520), (33, 520), (33, 2056)], ids=["few", "many", "by_pairs"])
+@pytest.mark.parametrize(
+    ("m", "k"), [(1, 520), (33, 520), (33, 2056), (3, 4104)], ids=["few", "many", "pairs", "pairs_of_few"]
+)
 def test_a_missing_rank_is_named_without_a_trap(make, shared_group, rank, size, m, k):
     group = make(timeout=LIMIT, first_timeout=20)
-    n = 2184 if k == 520 else tile_rows(size) * (sms_of(group) // 2)
+    n = {520: 2184, 2056: 64 * (sms_of(group) // 2), 4104: 64 * sms_of(group)}[k]
     case = Case(size, m, n, k, torch.bfloat16)
     want = case.expected()
     assert same(case.call(group, rank), want)

@@ -284,10 +284,25 @@ void products_wait(unsigned but_last) {
           fault("lane " + std::to_string(lane) + " issued another matrix product than lane 0");
         }
       }
-      if (first.columns == 16) carry_out_product<16>(lanes, i);
-      if (first.columns == 64) carry_out_product<64>(lanes, i);
-      if (first.columns == 128) carry_out_product<128>(lanes, i);
-      if (first.columns == 256) carry_out_product<256>(lanes, i);
+      switch (first.columns) {
+        case 16:
+          carry_out_product<16>(lanes, i);
+          break;
+        case 32:
+          carry_out_product<32>(lanes, i);
+          break;
+        case 64:
+          carry_out_product<64>(lanes, i);
+          break;
+        case 128:
+          carry_out_product<128>(lanes, i);
+          break;
+        case 256:
+          carry_out_product<256>(lanes, i);
+          break;
+        default:
+          fault("a matrix product of " + std::to_string(first.columns) + " columns");
+      }
     }
     for (int lane = 0; lane < kWarp; lane++) {
       auto& products = lanes[lane].products;

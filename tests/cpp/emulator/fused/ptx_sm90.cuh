@@ -30,6 +30,10 @@ inline void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
   emulator::barrier_wait(barrier, parity);
 }
 
+inline bool elect_one() {
+  return emulator::self().thread % emulator::kWarp == 0;
+}
+
 inline uint32_t cluster_rank() {
   const emulator::Cta& cta = *emulator::self().cta;
   return cta.block.x % cta.grid.cluster;
