@@ -322,6 +322,14 @@ MUTANTS = [
         (DECODE,),
     ),
     KernelMutant(
+        "decode: the other CTA's barriers are used before they are initialized",
+        "fused/decode_sm90.cuh",
+        "if (a.parts > 1) cluster_wait();",
+        "",
+        FUSED_DECODE,
+        (DECODE,),
+    ),
+    KernelMutant(
         "decode: both CTAs of a pair push",
         "fused/decode_sm90.cuh",
         "if (!work.leads(i)) continue;",

@@ -222,30 +222,32 @@ __global__ void __maxnreg__(T::kRegisters)
   const Work work(a);
   const int tiles = work.tiles, total = a.partial == nullptr ? tiles * work.steps : 0;
   const Producer<T> producer{a, &weight_map, &token_map, ring, work, total, min(total, a.stages)};
-  if (warp == T::kProducer && elect_one()) {
-    prefetch_map(&weight_map);
-    prefetch_map(&token_map);
-    for (int s = 0; s < a.stages; s++) {
-      barrier_init(&full[s], 1);
-      barrier_init(&empty[s], T::kMathWarps);
+
+  if (warp == T::kProducer) {
+    if (elect_one()) {
+      prefetch_map(&weight_map);
+      prefetch_map(&token_map);
+      for (int s = 0; s < a.stages; s++) {
+        barrier_init(&full[s], 1);
+        barrier_init(&empty[s], T::kMathWarps);
+      }
+      for (uint64_t& barrier : came) barrier_init(&barrier, 1);
+      barrier_init_visible();
     }
-    for (uint64_t& barrier : came) barrier_init(&barrier, 1);
-    barrier_init_visible();
-    if (a.static_weight) producer.fill_weights();
+    __syncwarp();
   }
+  if (a.parts > 1) cluster_arrive();
+  if (warp == T::kProducer && a.static_weight && elect_one()) producer.fill_weights();
   if (threadIdx.x < T::kMathWarps) done[threadIdx.x] = 0;
   let_next_kernel_in();
-  if (a.parts > 1) {
-    cluster_sync();  // the first CTA's barriers count what the second one stores
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   if (warp == T::kProducer && elect_one()) {  // before the epoch is read: a look at memory is 0.7 us
     wait_for_previous_kernel();
     if (!a.static_weight) producer.fill_weights();
     producer.fill_tokens();
   }
   const Session s = begin_together(a.call);
+  if (a.parts > 1) cluster_wait();  // each CTA's barriers count what the other one stores
 
   if (warp == T::kProducer) {
     const bool signals = blockIdx.x == 0 && s.alive;

@@ -98,7 +98,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     handover.step = 2 * producer.ahead();
   }
   let_next_kernel_in();
-  cluster_sync();  // the other CTA's barriers count what is fetched for it
+  __syncthreads();
+  cluster_arrive();
+  cluster_wait();  // the other CTA's barriers count what is fetched for it
   if (warp == T::kProducer && elect_one()) {
     if (a.static_weight) producer.fill_weights();
     wait_for_previous_kernel();

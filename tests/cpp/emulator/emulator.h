@@ -101,7 +101,8 @@ class Cta {
   std::vector<uint16_t> stored;   // thread + 1 that stored these 16 bytes of it, no fence for copies since
   unsigned copies = 0;            // of the bulk engine that it issued and that are under way
   Barrier everybody, named[16];
-  Barrier cluster;  // of its first CTA
+  Barrier cluster;             // of its first CTA
+  size_t cluster_arrived = 0;  // there
   struct Waiting {
     const void* barrier;  // an mbarrier
     Fiber* fiber;

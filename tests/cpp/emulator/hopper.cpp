@@ -195,6 +195,15 @@ void cluster_sync() {
   sync(cta_of_cluster(0).cluster, threads);
 }
 
+void cluster_arrive() {
+  cta_of_cluster(0).cluster_arrived++;
+}
+
+void cluster_wait() {
+  const Cta& cta = *self().cta;
+  while (cta_of_cluster(0).cluster_arrived < cta.grid.cluster * cta.fibers.size()) yield(true);
+}
+
 void store_shared_at(uint32_t to, const void* from, size_t bytes, uint64_t* barrier, unsigned cta) {
   Cta& there = cta_of_cluster(cta);
   auto* counts = static_cast<uint64_t*>(in_cta(barrier, cta));

@@ -25,6 +25,9 @@ void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_arrive(Cta& cta, uint64_t* barrier, int expect = 0);
 void barrier_wait(uint64_t* barrier, uint32_t parity);
 void cluster_sync();
+// Once a kernel, all threads of the cluster each.
+void cluster_arrive();
+void cluster_wait();
 // To the same place in a CTA of the cluster, counted by its barrier.
 void store_shared_at(uint32_t to, const void* from, size_t bytes, uint64_t* barrier, unsigned cta);
 

@@ -41,6 +41,12 @@ inline uint32_t cluster_rank() {
 inline void cluster_sync() {
   emulator::cluster_sync();
 }
+inline void cluster_arrive() {
+  emulator::cluster_arrive();
+}
+inline void cluster_wait() {
+  emulator::cluster_wait();
+}
 inline void barrier_arrive_at(uint64_t* barrier, uint32_t cta) {
   emulator::barrier_arrive(emulator::cta_of_cluster(cta), static_cast<uint64_t*>(emulator::in_cta(barrier, cta)));
 }
