@@ -284,8 +284,8 @@ MUTANTS = [
     KernelMutant(
         "decode: a weight that the kernel before writes is fetched early",
         "fused/decode_sm90.cuh",
-        "if (a.static_weight) producer.fill_weights();\n  }",
-        "producer.fill_weights();\n  }",
+        "if (warp == T::kProducer && a.static_weight && elect_one()) producer.fill_weights();",
+        "if (warp == T::kProducer && elect_one()) producer.fill_weights();",
         "FusedCuda.WhatThe*",
         (DECODE,),
     ),

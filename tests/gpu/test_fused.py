@@ -125,7 +125,7 @@ def test_any_n_and_k_that_are_multiples_of_8(make, rank, size, dtype, n, k):
 @pytest.mark.parametrize("k", [2048, 2200, 4104])
 @pytest.mark.parametrize("tiles_an_sm", [0.3, 0.5, 1, 1.25, 2.2])
 def test_pairs_of_ctas_give_the_bits_of_all_of_k(shared_group, exact_products, rank, size, dtype, k, tiles_an_sm):
-    """Each CTA multiplies half of k. A tile a pair (0.5: of 64 tokens, k = 4104), two (of 3, 17, k = 4104), three, five."""
+    """Each CTA multiplies half of k. A tile a pair (0.5: 64 tokens, k = 4104), two (3 and 17, k = 4104), three, five."""
     before, n = fused_calls(shared_group), 64 * int(tiles_an_sm * sms_of(shared_group)) - 8
     for m in (3, 17, 64):
         case = Case(size, m, n, k, dtype, seed=m, bias=m == 17)
