@@ -314,7 +314,7 @@ MUTANTS = [
         (DECODE,),
     ),
     KernelMutant(
-        "decode: a pair's CTAs do not take turns, so that one sends the next half before the other has read",
+        "decode: a pair's CTAs do not take turns",
         "fused/decode_sm90.cuh",
         "return i & (parts - 1);",
         "return 0 * i;",
@@ -388,8 +388,8 @@ MUTANTS = [
     KernelMutant(
         "prefill: a copy for the other CTA may come before its barriers are there",
         "fused/prefill_sm90.cuh",
-        "  cluster_sync();  // the other CTA's barriers count what is fetched for it\n",
-        "  __syncthreads();\n",
+        "  cluster_wait();  // the other CTA's barriers count what is fetched for it\n",
+        "",
         FUSED_PREFILL,
         (PREFILL,),
     ),

@@ -6,9 +6,9 @@
 //                          ^ the previous kernel has ended                             headers held, epochs advanced ^
 //
 //   stage s    full[s]: its bytes have landed (1 arrival + bytes)     empty[s]: four math warps have read it
-//   tile i     done[w] > i: math warp w has pushed it, so polling for it is worth while. Not a promise that it is
-//   there:
-//              data is waited for by its words alone, hence a math warp may run tiles ahead of its reducer
+//   tile i     done[w] > i: math warp w has pushed it (of those that the CTA leads), so polling for it is worth while.
+//              Not a promise that it is there: data is waited for by its words alone, hence a math warp may run tiles
+//              ahead of its reducer
 //
 // With static_weight the first weights are fetched before the previous kernel has ended: 1.5 to 2 us less an op. The
 // kernel behind is let in at once; its first weights then stream while this one's last tiles are summed.
@@ -165,8 +165,8 @@ __device__ __forceinline__ void multiply(int steps, const Ring& ring, int lane, 
 }
 
 // Of a pair the CTA that leads tile i adds the other's half of k to its own, warp by warp. `came` counts what arrives
-// there, in `received`: of one tile in two. It is free for the next: the other's warp sends that after it has had this
-// warp's half of the tile between, which this warp sends after it has read here.
+// there, in `received`: of one tile in two. `received` is free for the next: the other's warp sends that after it has
+// had this warp's half of the tile between, which this warp sends after it has read here.
 template <class T>
 __device__ __forceinline__ void add_up(const Work& work, int i, uint32_t received, uint64_t* came, int warp, int lane,
                                        float (&d)[T::kHalves][T::kTileM / 2]) {

@@ -113,14 +113,17 @@ GemmConfig with_columns(GemmConfig c, int64_t k, int sms) {
   // and 18.9, 20.8 and 21.3; K = 1024 7.8 and 9.3. N = 4096, whose 64 tiles do keep it busy: a step of a
   // Llama-3-8B 4.40 and 4.46 ms, 64 tokens behind an ordinary kernel, K = 7168 25.4 and 23.9 us, K = 2048 13.7
   // and 14.0.
-  constexpr int64_t kLeast = 2048, kLeastForFew = 4096;
+  constexpr int64_t kLeast = 2048, kLeastForLittle = 4096;
   const int pairs = sms / 2;
   if (c.tile_n != 64 || pairs == 0) return c;
   const int visits = 2 * over(c.tiles, sms), visits_of_pairs = over(c.tiles, pairs);
-  const bool fewer = visits_of_pairs<visits, busy = 8 * c.tiles> 3 * sms, many_tokens = c.tile_m > 32;
-  const bool much_faster = fewer && (c.tiles > sms || !busy);
-  const bool a_little = visits_of_pairs <= visits && fewer == many_tokens;
-  if (k < (much_faster ? kLeast : kLeastForFew) || !(much_faster || a_little)) return c;
+  if (visits_of_pairs > visits) return c;
+  const bool fewer = visits_of_pairs < visits;
+  const bool much_faster = fewer && (c.tiles > sms || 8 * c.tiles <= 3 * sms);
+  // As many visits: not measured between more than two ranks.
+  const bool a_little = fewer ? c.tile_m > 32 : c.tile_m <= 32 && c.max_world == 2;
+  if (!much_faster && !a_little) return c;
+  if (k < (much_faster ? kLeast : kLeastForLittle)) return c;
   c.k_parts = 2;
   c.ctas = 2 * std::min(c.tiles, pairs);
   return c;

@@ -72,8 +72,8 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // The same in two halves, once a kernel, all threads each: the other CTAs have come so far, and their barriers are
-// initialized (barrier_init_visible). A release instead is a fence, which waits for what has been asked of memory:
-// 1.2 us behind the first weights.
+// initialized (barrier_init_visible). A release is a fence, which waits for what has been asked of memory: 1.2 us a
+// call when the first weights had been.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

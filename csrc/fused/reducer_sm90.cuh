@@ -5,7 +5,7 @@
 // stream makes one.
 //
 //   one-shot   reduce(tile i)                                   everybody sums everything
-//   two-shot   reduce(tile i)   own chunks, pushes the sums     collect(tile i - 1)   the others', a tile late: by then
+//   two-shot   reduce(tile i)   own chunks, pushes the sums     collect(the last)     the others', a tile late: by then
 //                                                               they have come while other tiles streamed, if there
 //                                                               are others
 #pragma once
@@ -20,6 +20,7 @@ template <class T>
 struct Reducer {
   // Chunks that are under way together: as many loads as registers allow (T::kRegisters).
   static constexpr int kBatch = T::kWorld == 2 ? std::min(T::kGroupChunks, 4) : 1;
+  static_assert(T::kGroupChunks % kBatch == 0);
 
   const DecodeCuda& a;
   const Session& s;

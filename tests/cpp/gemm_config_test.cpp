@@ -203,6 +203,7 @@ TEST(GemmConfig, CtasTakeTheirTilesInPairsWhereAllSmsAreBusierThen) {
   EXPECT_EQ(text(1, 8192, 4096), "128 in 132 CTAs by half of k");
   EXPECT_EQ(text(32, 8192, 4096), "128 in 132 CTAs by half of k");
   EXPECT_EQ(text(32, 8192, 4088), "128 in 128 CTAs");
+  EXPECT_EQ(text(16, 8192, 7168, 4), "128 in 128 CTAs") << "between two ranks alone";
   EXPECT_EQ(text(33, 8192, 14336), "128 in 128 CTAs");
   EXPECT_EQ(text(64, 12736, 4096), "199 in 132 CTAs");
   // An odd number of SMs, and too few.

@@ -78,6 +78,7 @@ def fused(rank: int, size: int) -> Iterator[tuple[str, bool]]:
             (3, 584, 2056),
             (17, 584, 2056),
             (64, 1288, 2056),
+            (3, 4296, 4104),  # more tiles than pairs of CTAs
         ):
             case = Case(size, m, n, k, dtype, seed=m, bias=m % 2 == 1)
             before = fused_calls(group)

@@ -40,7 +40,11 @@ def test_replays_with_allocations_and_eager_calls_between_differ_in_no_bit(make,
     cases = [Case(size, m, 2184, 264, torch.bfloat16, seed=m, bias=m % 2 == 0) for m in (1, 7, 16, 33, 64)]
     # CTAs that have a second tile, or a third: rings and slots go on where the tile before has left them.
     cases += [Case(size, m, long_n(group, waves), 72, torch.bfloat16, seed=m) for m, waves in ((5, 2.25), (40, 1.5))]
-    cases.append(Case(size, 24, long_n(group, 0.45), 2056, torch.bfloat16, bias=True))  # two CTAs a tile
+    # Pairs of CTAs: one tile each, and between two ranks two, three and five in turn.
+    pairs = [(24, 0.3, 2056), (3, 1, 4104), (64, 1.25, 2056), (9, 2.2, 2056)]
+    cases += [
+        Case(size, m, 64 * int(sms_of(group) // 2 * 2 * tiles), k, torch.bfloat16, seed=m) for m, tiles, k in pairs
+    ]
     wants = [case.expected().view(torch.int16) for case in cases]
     noise = torch.ones(5000, device="cuda")
     for case in cases:

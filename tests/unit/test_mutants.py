@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import mutants_cuda  # noqa: E402
+import mutants_kernels  # noqa: E402
 import mutants_python  # noqa: E402
 from mutants import MUTANTS, Mutant  # noqa: E402
 from mutants_cuda import Outcome, chosen_by, slug  # noqa: E402
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *mutants_kernels.MUTANTS], ids=lambda m: m.name)
 def test_the_line_that_a_mutant_breaks_occurs_once(mutant: Mutant) -> None:
     assert (ROOT / "csrc" / mutant.file).read_text().count(mutant.old) == 1
     assert mutant.old != mutant.new

@@ -196,7 +196,9 @@ void cluster_sync() {
 }
 
 void cluster_arrive() {
-  cta_of_cluster(0).cluster_arrived++;
+  const Cta& cta = *self().cta;
+  if (++cta_of_cluster(0).cluster_arrived > cta.grid.cluster * cta.fibers.size())
+    fault("cluster_arrive, a second time");
 }
 
 void cluster_wait() {

@@ -23,7 +23,7 @@ struct Options {
   bool wild = false;              // infinities and NaNs among the inputs
   bool y_inside = false;          // y lies in the arena
   bool from_collectives = false;  // an all_reduce before the call writes x, a broadcast the weight
-  unsigned pairs = 0;             // decode: ranks, a bit each, whose tiles have two CTAs
+  unsigned pairs = 0;  // decode: ranks, a bit each, whose CTAs share tiles; from bit 16 on how many pairs, less 1
 };
 
 // Rows of small integers; what lies between them, nobody may multiply.
@@ -162,7 +162,8 @@ class Linear {
   std::string what() const {
     return to_string(descriptor) + " with " + std::visit([](const auto& c) { return to_string(c); }, config_) +
            (options_.bias ? ", bias" : "") + (options_.static_weight ? ", static weight" : "") +
-           (options_.by_library >= 0 ? ", by the library on rank " + std::to_string(options_.by_library) : "");
+           (options_.by_library >= 0 ? ", by the library on rank " + std::to_string(options_.by_library) : "") +
+           (options_.pairs != 0 ? ", pairs " + std::to_string(options_.pairs & 0x300FF) : "");
   }
 
   Descriptor descriptor;
@@ -360,7 +361,7 @@ TEST(FusedCuda, DecodeGivesTheBitsOfTheSumOfRoundedProducts) {
         std::mt19937_64 random(seed * 1000 + static_cast<uint64_t>(10 * m + world));
         const DType dtype = kTypes[(seed + static_cast<uint64_t>(m)) % 2];
         Gpus gpus(world, random());
-        const int n = 8 * (1 + static_cast<int>(random() % 30));
+        const int n = 8 * (1 + static_cast<int>(random() % (world == 2 ? 50 : 30)));
         GemmConfig config = decode_config(world, m, n, any({1, 2, 3}, random), any({1, 2, 3}, random));
         if (world > 2 && random() % 3 == 0) config.two_shot = !config.two_shot;
         std::deque<Linear> calls;
@@ -471,6 +472,7 @@ TEST(FusedCuda, WhatTheCallBeforeWritesIsReadOnlyThen) {
       int m, n;
       const Config config = any_config(world, &m, &n, random);
       Options options{.bias = i == 0, .y_inside = random() % 2 == 0, .from_collectives = true};
+      options.pairs = static_cast<unsigned>(random());
       calls.emplace_back(gpus, config, kTypes[random() % 2], m, n, options, random);
     }
     for (int r = 0; r < world; r++) {
@@ -514,7 +516,9 @@ constexpr size_t kArena = 8 << 20;
 struct Kind {
   int world, m, n;
   Config config;
+  unsigned pairs = 0;
   uint64_t seed = 0;
+  Options options(bool bias = false) const { return {.bias = bias, .pairs = pairs}; }
 };
 std::vector<Kind> every_kind(uint64_t seeds) {
   GemmConfig two_shot = decode_config(4, 20, 200, 1);
@@ -523,6 +527,9 @@ std::vector<Kind> every_kind(uint64_t seeds) {
                        {4, 3, 200, decode_config(4, 3, 200, 2)},
                        {4, 20, 200, two_shot},
                        {8, 12, 120, decode_config(8, 12, 120, 2)},
+                       {2, 12, 312, decode_config(2, 12, 312, 1), 1},    // five tiles of a pair on rank 0
+                       {2, 40, 184, decode_config(2, 40, 184, 1), 0x3},  // three on both
+                       {4, 20, 200, two_shot, 0x10005},                  // two pairs on ranks 0 and 2
                        {2, 100, 136, prefill_config(2, 100, 136, 2)},
                        {2, 100, 248, prefill_config(2, 100, 248, 1, 256)},
                        {2, 100, 504, prefill_config(2, 100, 504, 1, 256)},
@@ -540,9 +547,9 @@ TEST(FusedCuda, AMissingRankIsNamedYIsNanAndTheNextCallLeavesAtOnce) {
   for (const Kind& kind : every_kind(seeds(1))) {
     std::mt19937_64 random(kind.seed);
     Gpus gpus(kind.world, kind.seed, 80, 2, kArena);
-    Linear fine(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
-        late(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random),
-        after(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    Linear fine(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random),
+        late(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random),
+        after(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random);
     fine.enqueue(gpus);
     gpus.run();
     EXPECT_EQ(fine.wrong(), "");
@@ -574,7 +581,7 @@ TEST(FusedCuda, WhatACallThatGaveUpLeavesIsRightOrNan) {
     std::mt19937_64 random(kind.seed);
     const double hurry = 0.1 * std::pow(200.0, static_cast<double>(random() % 1000) / 1000.0);
     Gpus gpus(kind.world, kind.seed, hurry, 2, kArena);
-    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random);
     call.fill_y(0x11);
     call.enqueue(gpus);
     gpus.run();
@@ -593,7 +600,7 @@ TEST(FusedCuda, ARankThatStopsInTheMiddleIsWaitedForInVainAndYIsRightOrNan) {
   for (const Kind& kind : every_kind(seeds(3))) {
     std::mt19937_64 random(kind.seed);
     Gpus gpus(kind.world, random(), 5, 2, kArena);
-    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random);
     call.fill_y(0x11);
     call.enqueue(gpus);
     const double steps = 500 * std::pow(60.0, static_cast<double>(random() % 1000) / 1000.0);
@@ -623,8 +630,8 @@ TEST(FusedCuda, RanksThatDisagreeReportTheSame) {
     std::mt19937_64 random(kind.seed);
     Gpus gpus(kind.world, kind.seed, 600, 2, kArena);
     // The same tiles: nothing but the headers tells.
-    Linear a(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {.bias = true}, random),
-        b(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    Linear a(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(true), random),
+        b(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random);
     const int other = kind.world - 1;
     for (int r = 0; r < other; r++) a.enqueue(gpus, r);
     b.enqueue(gpus, other);
@@ -646,7 +653,7 @@ TEST(FusedCuda, WhatARankSentInAnotherCallIsNotSummed) {
     if (!std::holds_alternative<PrefillConfig>(kind.config)) continue;
     std::mt19937_64 random(kind.seed);
     Gpus gpus(kind.world, kind.seed, 600, 2, kArena);
-    Linear linear(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    Linear linear(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random);
     linear.clear();
     const size_t elements = 32 << 10;
     Buffer x(elements, DType::bfloat16), y(elements, DType::bfloat16);
@@ -667,7 +674,7 @@ TEST(FusedCuda, ARankThatLeftIsNamedBeforeTheDeadline) {
   for (const Kind& kind : every_kind(seeds(1))) {
     std::mt19937_64 random(kind.seed);
     Gpus gpus(kind.world, kind.seed, 1000, 2, kArena);
-    Linear call(gpus, kind.config, DType::float16, kind.m, kind.n, {}, random);
+    Linear call(gpus, kind.config, DType::float16, kind.m, kind.n, kind.options(), random);
     call.clear();
     gpus[0].signal->own_pad()->left.store(1u << 1);
     call.enqueue(gpus, 0);
@@ -682,7 +689,7 @@ TEST(FusedCuda, AReplayAfterTheGroupsEndTouchesNobody) {
   for (const Kind& kind : every_kind(1)) {
     std::mt19937_64 random(kind.seed);
     Gpus gpus(kind.world, kind.seed, 1e6, 2, kArena);
-    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, {}, random);
+    Linear call(gpus, kind.config, DType::bfloat16, kind.m, kind.n, kind.options(), random);
     call.clear();
     mark_broken(&gpus.pad(0));  // as the group's end does
     std::vector<std::vector<std::byte>> before;

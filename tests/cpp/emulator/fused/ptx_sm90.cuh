@@ -31,6 +31,7 @@ inline void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
 }
 
 inline bool elect_one() {
+  emulator::sync(emulator::self().cta->warps[emulator::self().thread / emulator::kWarp].barrier, emulator::kWarp);
   return emulator::self().thread % emulator::kWarp == 0;
 }
 
