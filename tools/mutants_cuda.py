@@ -275,7 +275,7 @@ MUTANTS = [
         (FUSED,),
     ),
     CudaMutant(
-        "fused, two CTAs a tile: the other half of k is added before it has come",
+        "fused, pairs of CTAs: the other half of k is added before it has come",
         "fused/decode_sm90.cuh",
         "barrier_wait_cluster(came, (i >> 1) & 1);",
         "",

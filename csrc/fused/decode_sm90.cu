@@ -1,5 +1,5 @@
-// The instances of the decode kernel, one for each row of the table in gemm_config.cpp and each dtype, and their
-// launch.
+// The instances of the decode kernel, one for each shape of tiles in the table of gemm_config.cpp and each dtype, and
+// their launch.
 #include "fused/decode_sm90.cuh"
 
 namespace sglang_symm {

@@ -101,7 +101,7 @@ std::optional<GemmConfig> choose_decode(const GemmShape& s) {
 
 bool is_faster_apart_with_norm(const GemmConfig& c, const GemmShape& s) {
   // Half of the SMs without a tile. Two H200s, 64 tokens, apart and not: N = 2048 behind an ordinary kernel, K = 4096
-  // 14.5 and 15.3 us; N = 4096, a step of a Llama-3-8B 5.94 and 5.96 ms, with 32 tokens 5.05 and 5.02. Not measured
+  // 15.1 and 15.3 us; N = 4096, a step of a Llama-3-8B 5.94 and 5.96 ms, with 32 tokens 5.05 and 5.02. Not measured
   // between more GPUs.
   return s.world_size == 2 && c.tile_m > 32 && 2 * c.tiles <= s.sms;
 }
@@ -109,8 +109,8 @@ bool is_faster_apart_with_norm(const GemmConfig& c, const GemmShape& s) {
 GemmConfig with_columns(GemmConfig c, int64_t k, int sms) {
   // A pair's visit is half of a CTA's. Two H200s, us, CTAs and pairs, 1 and 64 tokens. Few tiles, whose SMs alone do
   // not keep memory busy: N = 2048, K = 2048 6.3 and 5.3, 8.0 and 6.8, K = 8192 15.9 and 11.8, 20.8 and 14.8. Three
-  // visits of half for two: N = 10240, K = 4096 26.7 and 22.5, 29.8 and 27.1. As many visits: N = 8192, K = 4096 19.5
-  // and 18.9, 20.8 and 21.3; K = 1024 7.8 and 9.3. N = 4096, whose 64 tiles do keep it busy: a step of a
+  // visits of half for two: N = 10240, K = 4096 26.7 and 22.5, 29.8 and 27.1. As many visits: N = 8192, K = 4096 18.6
+  // and 18.3, 20.8 and 21.3; K = 1024 7.8 and 9.3. N = 4096, whose 64 tiles do keep it busy: a step of a
   // Llama-3-8B 4.40 and 4.46 ms, 64 tokens behind an ordinary kernel, K = 7168 25.4 and 23.9 us, K = 2048 13.7
   // and 14.0.
   constexpr int64_t kLeast = 2048, kLeastForLittle = 4096;

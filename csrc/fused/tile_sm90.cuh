@@ -1,8 +1,8 @@
 // The geometry of a decode kernel: what a warp's accumulators are, and where they lie in a slot.
 //
-//   a tile     TileN rows of the weight x TileM tokens, by four math warps; warp w has rows 16 w .. 16 w + 15 of each
-//   64 a word     two tokens of one row, as the MMA leaves them: lane l has row l / 4, tokens 2 (l % 4) and the next a
-//   chunk    four words of a lane, 16 bytes, 2 KiB a warpgroup. TileN = 128: both halves' rows l / 4 and l / 4 + 8,
+//   a tile     TileN rows of the weight x TileM tokens, by four math warps; of 64 rows warp w has 16 from 16 w on
+//   a word     two tokens of one row, as the MMA leaves them: lane l has row l / 4, tokens 2 (l % 4) and the next
+//   a chunk    four words of a lane, 16 bytes, 2 KiB a warpgroup. TileN = 128: both halves' rows l / 4 and l / 4 + 8,
 //              of 8 tokens. TileN = 64: the two rows, of 16 tokens
 //   a slot     [parity][source][tile][chunk][warp][lane]: fragments travel as they are, and are turned once, at the end
 //   results    [parity][tile][chunk][warp][lane], behind the slots: two-shot alone, from the chunk's owner

@@ -85,7 +85,7 @@ def sms_of(group):
 
 
 def tile_rows(size):
-    """Rows of the weight that a tile of the decode kernel has."""
+    """Rows of the weight that a tile of the decode kernel has where tiles take turns on the SMs."""
     return 64 if size == 2 else 128
 
 
