@@ -81,9 +81,13 @@ def test_every_number_of_tokens_gives_the_bits_of_the_ordered_sum(group, rank, s
 
 @pytest.mark.parametrize("m", [65, 256, 300, 1536])
 def test_any_n_and_k(group, rank, size, m):
-    for n, k in [(8, 8), (24, 16), (264, 136), (1000, 4096), (8192, 1024), (14336, 264)]:
+    """The last two are fused at 1536 tokens, where prefill is at all."""
+    shapes = [(8, 8), (24, 16), (264, 136), (1000, 4096), (8192, 1024), (14336, 264), (WIDE - 8, 24), (WIDE - 40, 1032)]
+    before = fused_calls(group)
+    for n, k in shapes:
         case = Case(size, m, n, k, torch.bfloat16, seed=n, bias=m % 2 == 1)
         assert same(case.call(group, rank), case.expected()), (n, k)
+    assert fused_calls(group) == before + sum(is_fused(size, m, n) for n, _ in shapes)
 
 
 def test_real_numbers_are_within_a_rounding_of_each_partial_and_of_the_sum(group, rank, size):
