@@ -553,6 +553,7 @@ MUTANTS = [
         "attend(last + 2, last + 1, fine)",
         FUSED_STOPS,
         (PREFILL,),
+        seeds=12,
     ),
     KernelMutant(
         "prefill, last tile: a first half without steps of its own is summed by nobody",
