@@ -232,75 +232,57 @@ __device__ __forceinline__ void wgmma_wait_previous() {
 template <class Type, int N>
 struct Wgmma;
 
+// Accumulators d[n] .. d[n + 7] as operands; the names of the first N / 2 operands.
 #define SGLANG_SYMM_D8(n)                                                                                     \
   "+f"(d[n]), "+f"(d[n + 1]), "+f"(d[n + 2]), "+f"(d[n + 3]), "+f"(d[n + 4]), "+f"(d[n + 5]), "+f"(d[n + 6]), \
       "+f"(d[n + 7])
-#define SGLANG_SYMM_WGMMA(Type, text)                                                                                  \
-  template <>                                                                                                          \
-  struct Wgmma<Type, 16> {                                                                                             \
-    static __device__ __forceinline__ void add(float (&d)[8], uint64_t a, uint64_t b) {                                \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." text "." text                                         \
-                   " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"                                                \
-                   : SGLANG_SYMM_D8(0)                                                                                 \
-                   : "l"(a), "l"(b));                                                                                  \
-    }                                                                                                                  \
-  };                                                                                                                   \
-  template <>                                                                                                          \
-  struct Wgmma<Type, 32> {                                                                                             \
-    static __device__ __forceinline__ void add(float (&d)[16], uint64_t a, uint64_t b) {                               \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." text "." text                                         \
-                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"                \
-                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8)                                                              \
-                   : "l"(a), "l"(b));                                                                                  \
-    }                                                                                                                  \
-  };                                                                                                                   \
-  template <>                                                                                                          \
-  struct Wgmma<Type, 64> {                                                                                             \
-    static __device__ __forceinline__ void add(float (&d)[32], uint64_t a, uint64_t b) {                               \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." text "." text                                         \
-                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                          \
-                   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"        \
-                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8), SGLANG_SYMM_D8(16), SGLANG_SYMM_D8(24)                      \
-                   : "l"(a), "l"(b));                                                                                  \
-    }                                                                                                                  \
-  };                                                                                                                   \
-  template <>                                                                                                          \
-  struct Wgmma<Type, 128> {                                                                                            \
-    static __device__ __forceinline__ void add(float (&d)[64], uint64_t a, uint64_t b) {                               \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." text "." text                                        \
-                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                          \
-                   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                                  \
-                   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                  \
-                   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"        \
-                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8), SGLANG_SYMM_D8(16), SGLANG_SYMM_D8(24), SGLANG_SYMM_D8(32), \
-                     SGLANG_SYMM_D8(40), SGLANG_SYMM_D8(48), SGLANG_SYMM_D8(56)                                        \
-                   : "l"(a), "l"(b));                                                                                  \
-    }                                                                                                                  \
-  };                                                                                                                   \
-  template <>                                                                                                          \
-  struct Wgmma<Type, 256> {                                                                                            \
-    static __device__ __forceinline__ void add(float (&d)[128], uint64_t a, uint64_t b) {                              \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." text "." text                                        \
-                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                          \
-                   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                                  \
-                   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                  \
-                   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"                                  \
-                   "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                                  \
-                   "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"                                  \
-                   "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"                      \
-                   "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, 1, " \
-                   "1, 1, 0, 0;"                                                                                       \
-                   : SGLANG_SYMM_D8(0), SGLANG_SYMM_D8(8), SGLANG_SYMM_D8(16), SGLANG_SYMM_D8(24), SGLANG_SYMM_D8(32), \
-                     SGLANG_SYMM_D8(40), SGLANG_SYMM_D8(48), SGLANG_SYMM_D8(56), SGLANG_SYMM_D8(64),                   \
-                     SGLANG_SYMM_D8(72), SGLANG_SYMM_D8(80), SGLANG_SYMM_D8(88), SGLANG_SYMM_D8(96),                   \
-                     SGLANG_SYMM_D8(104), SGLANG_SYMM_D8(112), SGLANG_SYMM_D8(120)                                     \
-                   : "l"(a), "l"(b));                                                                                  \
-    }                                                                                                                  \
+#define SGLANG_SYMM_D16(n) SGLANG_SYMM_D8(n), SGLANG_SYMM_D8(n + 8)
+#define SGLANG_SYMM_D32(n) SGLANG_SYMM_D16(n), SGLANG_SYMM_D16(n + 16)
+#define SGLANG_SYMM_D64(n) SGLANG_SYMM_D32(n), SGLANG_SYMM_D32(n + 32)
+#define SGLANG_SYMM_D128(n) SGLANG_SYMM_D64(n), SGLANG_SYMM_D64(n + 64)
+#define SGLANG_SYMM_NAMES16 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define SGLANG_SYMM_NAMES32 SGLANG_SYMM_NAMES16 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define SGLANG_SYMM_NAMES64 SGLANG_SYMM_NAMES32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define SGLANG_SYMM_NAMES128                                         \
+  SGLANG_SYMM_NAMES64                                                \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+  ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define SGLANG_SYMM_NAMES256                                                     \
+  SGLANG_SYMM_NAMES128                                                           \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"             \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"             \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define SGLANG_SYMM_WGMMA_OF(Type, text, n, names, operands, ...)                                            \
+  template <>                                                                                                \
+  struct Wgmma<Type, n> {                                                                                    \
+    static __device__ __forceinline__ void add(float (&d)[n / 2], uint64_t a, uint64_t b) {                  \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." text "." text " {" names "}, " operands \
+                   ", 1, 1, 1, 0, 0;"                                                                        \
+                   : __VA_ARGS__                                                                             \
+                   : "l"(a), "l"(b));                                                                        \
+    }                                                                                                        \
   }
+#define SGLANG_SYMM_WGMMA(Type, text)                                                          \
+  SGLANG_SYMM_WGMMA_OF(Type, text, 16, SGLANG_SYMM_NAMES16, "%8, %9", SGLANG_SYMM_D8(0));      \
+  SGLANG_SYMM_WGMMA_OF(Type, text, 32, SGLANG_SYMM_NAMES32, "%16, %17", SGLANG_SYMM_D16(0));   \
+  SGLANG_SYMM_WGMMA_OF(Type, text, 64, SGLANG_SYMM_NAMES64, "%32, %33", SGLANG_SYMM_D32(0));   \
+  SGLANG_SYMM_WGMMA_OF(Type, text, 128, SGLANG_SYMM_NAMES128, "%64, %65", SGLANG_SYMM_D64(0)); \
+  SGLANG_SYMM_WGMMA_OF(Type, text, 256, SGLANG_SYMM_NAMES256, "%128, %129", SGLANG_SYMM_D128(0))
 SGLANG_SYMM_WGMMA(BFloat16, "bf16");
 SGLANG_SYMM_WGMMA(Float16, "f16");
 #undef SGLANG_SYMM_WGMMA
+#undef SGLANG_SYMM_WGMMA_OF
+#undef SGLANG_SYMM_NAMES16
+#undef SGLANG_SYMM_NAMES32
+#undef SGLANG_SYMM_NAMES64
+#undef SGLANG_SYMM_NAMES128
+#undef SGLANG_SYMM_NAMES256
 #undef SGLANG_SYMM_D8
+#undef SGLANG_SYMM_D16
+#undef SGLANG_SYMM_D32
+#undef SGLANG_SYMM_D64
+#undef SGLANG_SYMM_D128
 
 // In a register of its own, whatever the compiler would do.
 __device__ __forceinline__ float moved(float v) {

@@ -310,8 +310,10 @@ def commit() -> str:
 
 
 def launched(*program: str) -> str:
-    """The command line that repeats ranks of ``program``, as after `python`: with what has started them."""
-    words, ranks = shlex.join(program), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """The command line that repeats ranks of ``program``, as after `python`: with what has started them, and files
+    without this machine's folders."""
+    words = shlex.join(Path(word).name if word.startswith("/") else word for word in program)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "SGLANG_SYMM_SMS" in os.environ and ranks > torch.cuda.device_count():
         return f"python tools/mps_rig.py --ranks {ranks} -- {words}"
     return f"torchrun --nproc-per-node {ranks} {words}" if "TORCHELASTIC_RUN_ID" in os.environ else f"python {words}"

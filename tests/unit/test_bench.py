@@ -186,6 +186,7 @@ def test_the_command_that_is_written_down_names_its_launcher(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert launched("-m", "sglang_symm", "tune", "-n", "4") == f"{launcher} -m sglang_symm tune -n 4"
+    assert launched("benchmarks/a.py", "--json", "/a/folder/a.json") == f"{launcher} benchmarks/a.py --json a.json"
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_run(

@@ -123,6 +123,17 @@ void carry_out_product(Fiber* lanes, size_t index) {
   each([](float& of_lane, float& sum) { of_lane = sum; });
 }
 
+// False when `columns` is none of these.
+template <int... Columns>
+bool carry_out_one_of(Fiber* lanes, size_t index, int columns) {
+  return ((columns == Columns && (carry_out_product<Columns>(lanes, index), true)) || ...);
+}
+
+size_t cluster_threads() {
+  const Cta& cta = *self().cta;
+  return cta.grid.cluster * cta.fibers.size();
+}
+
 }  // namespace
 
 // ---- shared memory ----
@@ -196,14 +207,11 @@ void cluster_sync() {
 }
 
 void cluster_arrive() {
-  const Cta& cta = *self().cta;
-  if (++cta_of_cluster(0).cluster_arrived > cta.grid.cluster * cta.fibers.size())
-    fault("cluster_arrive, a second time");
+  if (++cta_of_cluster(0).cluster_arrived > cluster_threads()) fault("cluster_arrive, a second time");
 }
 
 void cluster_wait() {
-  const Cta& cta = *self().cta;
-  while (cta_of_cluster(0).cluster_arrived < cta.grid.cluster * cta.fibers.size()) yield(true);
+  while (cta_of_cluster(0).cluster_arrived < cluster_threads()) yield(true);
 }
 
 void store_shared_at(uint32_t to, const void* from, size_t bytes, uint64_t* barrier, unsigned cta) {
@@ -295,24 +303,8 @@ void products_wait(unsigned but_last) {
           fault("lane " + std::to_string(lane) + " issued another matrix product than lane 0");
         }
       }
-      switch (first.columns) {
-        case 16:
-          carry_out_product<16>(lanes, i);
-          break;
-        case 32:
-          carry_out_product<32>(lanes, i);
-          break;
-        case 64:
-          carry_out_product<64>(lanes, i);
-          break;
-        case 128:
-          carry_out_product<128>(lanes, i);
-          break;
-        case 256:
-          carry_out_product<256>(lanes, i);
-          break;
-        default:
-          fault("a matrix product of " + std::to_string(first.columns) + " columns");
+      if (!carry_out_one_of<16, 32, 64, 128, 256>(lanes, i, first.columns)) {
+        fault("a matrix product of " + std::to_string(first.columns) + " columns");
       }
     }
     for (int lane = 0; lane < kWarp; lane++) {
