@@ -108,22 +108,18 @@ bool is_faster_apart_with_norm(const GemmConfig& c, const GemmShape& s) {
 
 GemmConfig with_columns(GemmConfig c, int64_t k, int sms) {
   // A pair's visit is half of a CTA's. Two H200s, us, CTAs and pairs, 1 and 64 tokens. Few tiles, whose SMs alone do
-  // not keep memory busy: N = 2048, K = 2048 6.3 and 5.3, 8.0 and 6.8, K = 8192 15.9 and 11.8, 20.8 and 14.8. Three
-  // visits of half for two: N = 10240, K = 4096 26.7 and 22.5, 29.8 and 27.1. As many visits: N = 8192, K = 4096 18.6
-  // and 18.3, 20.8 and 21.3; K = 1024 7.8 and 9.3. N = 4096, whose 64 tiles do keep it busy: a step of a
-  // Llama-3-8B 4.40 and 4.46 ms, 64 tokens behind an ordinary kernel, K = 7168 25.4 and 23.9 us, K = 2048 13.7
-  // and 14.0.
-  constexpr int64_t kLeast = 2048, kLeastForLittle = 4096;
+  // not keep memory busy: N = 2048, K = 2048 6.8 and 5.3, 8.5 and 7.2, K = 8192 15.8 and 11.4, 22.8 and 15.0; N = 4096
+  // 7.5 and 7.1, 9.7 and 8.8, 19.3 and 18.1, 24.0 and 21.4. Three visits of half for two: N = 10240, K = 4096 25.6 and
+  // 21.5, 29.4 and 26.8. As many visits: N = 8192, K = 4096 19.1 and 18.0, 20.8 and 21.3; K = 2048 10.7 and 10.9.
+  constexpr int64_t kLeast = 2048, kLeastOfAsMany = 4096;
   const int pairs = sms / 2;
   if (c.tile_n != 64 || pairs == 0) return c;
   const int visits = 2 * over(c.tiles, sms), visits_of_pairs = over(c.tiles, pairs);
-  if (visits_of_pairs > visits) return c;
   const bool fewer = visits_of_pairs < visits;
-  const bool much_faster = fewer && (c.tiles > sms || 8 * c.tiles <= 3 * sms);
-  // As many visits: not measured between more than two ranks.
-  const bool a_little = fewer ? c.tile_m > 32 : c.tile_m <= 32 && c.max_world == 2;
-  if (!much_faster && !a_little) return c;
-  if (k < (much_faster ? kLeast : kLeastForLittle)) return c;
+  // Not measured between more than two ranks.
+  const bool as_many = visits_of_pairs == visits && c.tile_m <= 32 && c.max_world == 2;
+  if (!fewer && !as_many) return c;
+  if (k < (fewer ? kLeast : kLeastOfAsMany)) return c;
   c.k_parts = 2;
   c.ctas = 2 * std::min(c.tiles, pairs);
   return c;

@@ -21,8 +21,8 @@ struct MatrixCuda {
 };
 
 // Boxes of box_rows x 64 columns, swizzled as wgmma reads them. Made for every call: an address that is freed and used
-// again can never meet an old map.
-inline CUtensorMap map_of(const MatrixCuda& m, DType dtype, int box_rows) {
+// again can never meet an old map. A box's row is 128 bytes; `promotion`: how much of memory L2 takes in for it.
+inline CUtensorMap map_of(const MatrixCuda& m, DType dtype, int box_rows, CUtensorMapL2promotion promotion) {
   CUtensorMap map;
   const CUtensorMapDataType type =
       dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -31,8 +31,8 @@ inline CUtensorMap map_of(const MatrixCuda& m, DType dtype, int box_rows) {
   const cuuint32_t box[2] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   check_driver(driver().tensor_map_encode_tiled(&map, type, 2, const_cast<void*>(m.data), sizes, strides, box, steps,
-                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+                                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
                "cuTensorMapEncodeTiled");
   return map;
 }

@@ -60,8 +60,10 @@ void launch_prefill(const PrefillConfig& config, PrefillCuda args, const MatrixC
   launch.stream = stream;
   launch.attrs = attributes;
   launch.numAttrs = 2;
-  check_cuda(cudaLaunchKernelEx(&launch, kernel, map_of(weight, dtype, config.tile_n / kPrefillCluster),
-                                map_of(x, dtype, kPrefillTokens / kPrefillCluster), args),
+  // As fast with 128 bytes and with none, unlike decode: clusters share boxes, and each is read by many.
+  constexpr CUtensorMapL2promotion kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  check_cuda(cudaLaunchKernelEx(&launch, kernel, map_of(weight, dtype, config.tile_n / kPrefillCluster, kPromotion),
+                                map_of(x, dtype, kPrefillTokens / kPrefillCluster, kPromotion), args),
              "the launch of a fused kernel");
 }
 
