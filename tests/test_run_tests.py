@@ -52,14 +52,14 @@ def test_a_part_counts_passed_failed_and_skipped(runner: ModuleType, tmp_path: P
         "def test_for_two_ranks(): assert 0\n"
     )
     part = runner.pytest_part("single", "tests")
-    part.run()
+    runner.run_in_turn([part])
     assert counts(part) == (1, 2, 1)
 
 
 def test_a_file_that_cannot_be_imported_is_a_failure(runner: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "tests" / "test_some.py").write_text("import no_such_module\n")
     part = runner.pytest_part("single", "tests")
-    part.run()
+    runner.run_in_turn([part])
     assert counts(part) == (0, 1, 0)
 
 
@@ -84,7 +84,7 @@ def test_a_rank_that_leaves_no_result_is_a_failure(runner: ModuleType) -> None:
 
 def test_a_part_that_hangs_is_ended_and_is_a_failure(runner: ModuleType) -> None:
     part = runner.Part("single", [sys.executable, "-c", "import time; time.sleep(100)"], limit=0.5)
-    part.run()
+    runner.run_in_turn([part])
     assert counts(part) == (0, 1, 0)
     assert "did not end within" in part.note
     assert part.seconds < 50
@@ -95,7 +95,7 @@ def test_the_status_of_a_program_counts_as_one_test(
     runner: ModuleType, status: int, expected: tuple[int, int, int]
 ) -> None:
     part = runner.Part("memcheck2", [sys.executable, "-c", f"raise SystemExit({status})"], program=True)
-    part.run()
+    runner.run_in_turn([part])
     assert counts(part) == expected
 
 
@@ -105,7 +105,7 @@ def test_what_was_told_before_a_part_was_ended_counts(runner: ModuleType, tmp_pa
     )
     part = runner.pytest_part("single", "tests")
     part.limit = 8
-    part.run()
+    runner.run_in_turn([part])
     assert counts(part) == (1, 1, 0)
     assert part.note == "did not end within 8 s"
 
@@ -136,6 +136,35 @@ def test_parts_side_by_side_never_share_a_gpu(
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(mine))
 
 
+WAIT_FOR = """
+import pathlib, sys, time
+print("said by a part", flush=True)
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.05)
+"""
+
+
+def test_on_the_cpu_a_part_beside_the_next_is_not_waited_for_and_its_output_comes_last(
+    runner: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = tmp_path / "done"
+    waits = runner.Part("kernels", [sys.executable, "-c", WAIT_FOR, str(done)], limit=60, program=True, beside=True)
+    next_one = runner.Part(
+        "single", [sys.executable, "-c", f"open({str(done)!r}, 'w'); print('the next')"], program=True
+    )
+    runner.run_in_turn([waits, next_one])
+    assert counts(waits) == counts(next_one) == (1, 0, 0)
+    output = capfd.readouterr().out
+    assert output.index("the next") < output.index("kernels:\nsaid by a part\n")
+
+
+def test_a_part_beside_others_that_hangs_is_ended(runner: ModuleType, tmp_path: Path) -> None:
+    hangs = runner.Part("kernels", [sys.executable, "-c", WAIT_FOR, str(tmp_path / "never")], limit=0.5, beside=True)
+    runner.run_in_turn([hangs, runner.Part("single", [sys.executable, "-c", ""], program=True)])
+    assert counts(hangs) == (0, 1, 0)
+    assert "did not end within" in hangs.note
+
+
 KILLS = ("kill2", "killnccl2")
 
 
@@ -162,7 +191,7 @@ def test_the_parts_of_a_machine_with_gpus(
 
 def test_the_last_line_is_the_sum_and_a_missing_gtest_is_told_before_it(runner: ModuleType) -> None:
     parts = [runner.Part("single", [], passed=2, skipped=1), runner.Part("ranks2", [], passed=3, failed=1)]
-    lines = runner.summary(parts, gtest_missing=True).splitlines()
+    lines = runner.summary(parts, 60.0, gtest_missing=True).splitlines()
     assert lines[-1] == "5 passed, 1 failed, 1 skipped"
     assert "apt-get install -y libgtest-dev" in lines[-2]
 
@@ -174,8 +203,8 @@ def test_ranks_above_zero_are_quiet_until_they_fail(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     test.write_text("def test_fine(): pass\n")
-    runner.pytest_part("ranks2", "tests").run()
+    runner.run_in_turn([runner.pytest_part("ranks2", "tests")])
     assert "passed" not in capfd.readouterr().out
     test.write_text("def test_wrong(): assert 0\n")
-    runner.pytest_part("ranks2", "tests").run()
+    runner.run_in_turn([runner.pytest_part("ranks2", "tests")])
     assert "[rank 1] FAILED tests/test_some.py::test_wrong" in capfd.readouterr().err

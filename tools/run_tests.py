@@ -4,8 +4,9 @@
     python tools/run_tests.py --device cuda [part ...]    parts: gpus2 over2 rig3 rig4 ...; --list names this machine's,
                                                           and those that run only when they are named
 
-On GPUs parts run side by side, each on GPUs of its own; what a part printed is shown when it has ended. A part that
-takes longer than --limit seconds is ended; what its ranks had told until then counts, and it is a failure.
+On GPUs parts run side by side, each on GPUs of its own; what a part printed is shown when it has ended. On the CPU they
+run in turn, but for the kernels, which take one core: beside what follows. A part that takes longer than --limit
+seconds is ended; what its ranks had told until then counts, and it is a failure.
 
 The last line is the sum over all parts: `N passed, N failed, N skipped`. A test over ranks counts once in each run, as
 failed when it failed on any rank. With CI=true a missing GoogleTest is an error.
@@ -48,6 +49,7 @@ class Part:
     gpus: int = 0
     unasked: bool = True  # runs when no part is named
     program: bool = False  # no tests of its own: its status counts as one
+    beside: bool = False  # on the CPU: the parts behind it do not wait for it
     passed: int = 0
     failed: int = 0
     skipped: int = 0
@@ -60,9 +62,9 @@ class Part:
     def folder(self) -> Path:
         return OUT / self.name
 
-    def start(self, devices: list[str] | None = None) -> None:
-        """On GPUs, as CUDA_VISIBLE_DEVICES names them: then its output goes to a file."""
-        where = f" (GPU {', '.join(devices)})" if devices else ""
+    def start(self, devices: list[str] | None = None, held: bool = False) -> None:
+        """On GPUs, as CUDA_VISIBLE_DEVICES names them; `held`: its output goes to a file."""
+        where = f" (GPU {', '.join(devices)})" if devices else " (beside the next)" if held else ""
         print(f"\n=== {self.name}{where}: {' '.join(self.command)}", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -70,6 +72,7 @@ class Part:
         out = None
         if devices:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        if held:
             out = (self.folder / "output").open("wb")
         self.begin = time.monotonic()
         # A session of its own: what it started ends with it.
@@ -99,14 +102,8 @@ class Part:
             self.note = self.note or f"ended with status {status}"
         return True
 
-    def run(self) -> None:
-        self.start()
-        try:
-            while not self.has_ended():
-                time.sleep(0.05)
-        except BaseException:  # Ctrl-C, or a signal to end
-            stop(self.process)
-            raise
+    def show(self) -> None:
+        print(f"\n--- {self.name}:\n{(self.folder / 'output').read_text(errors='replace')}", flush=True)
 
     def count(self) -> None:
         if self.name in GTESTS:
@@ -250,16 +247,41 @@ def run_side_by_side(parts: list[Part]) -> None:
                 if part.gpus <= len(free):
                     waiting.remove(part)
                     devices = [free.pop(0) for _ in range(part.gpus)]
-                    part.start(devices)
+                    part.start(devices, held=True)
                     running.append((part, devices))
             for part, devices in list(running):
                 if part.has_ended():
                     running.remove((part, devices))
                     free += devices
-                    print(f"\n--- {part.name}:\n{(part.folder / 'output').read_text(errors='replace')}", flush=True)
+                    part.show()
             time.sleep(0.05)
     except BaseException:  # Ctrl-C, or a signal to end
         for part, _ in running:
+            stop(part.process)
+        raise
+
+
+def run_in_turn(parts: list[Part]) -> None:
+    """One after the other, but for those that run beside what follows them."""
+    running = list[Part]()
+
+    def wait_for(part: Part) -> None:
+        while part in running:
+            running[:] = [other for other in running if not other.has_ended()]
+            time.sleep(0.05)
+
+    try:
+        for part in parts:
+            part.start(held=part.beside)
+            running.append(part)
+            if not part.beside:
+                wait_for(part)
+        for part in parts:
+            if part.beside:
+                wait_for(part)
+                part.show()
+    except BaseException:  # Ctrl-C, or a signal to end
+        for part in running:
             stop(part.process)
         raise
 
@@ -269,6 +291,7 @@ def all_parts(device: str) -> list[Part]:
         return gpu_parts()
     single = ["tests", "--ignore=tests/distributed", "--ignore=tests/faults", "--ignore=tests/gpu"]
     parts = [*(gtest_part(name) for name in GTESTS), pytest_part("single", *single)]
+    parts[list(GTESTS).index("kernels")].beside = True
     if (ROOT / "tests" / "distributed").is_dir():
         parts += [ranks_part(ranks) for ranks in (*RANKS, *MARKED_RANKS)]
     if (ROOT / "tests" / "faults").is_dir():
@@ -276,12 +299,12 @@ def all_parts(device: str) -> list[Part]:
     return parts
 
 
-def summary(parts: list[Part], gtest_missing: bool) -> str:
+def summary(parts: list[Part], seconds: float, gtest_missing: bool) -> str:
     rows = [f"{'part':10}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
     for part in parts:
         row = f"{part.name:10}{part.passed:8}{part.failed:8}{part.skipped:9}{part.seconds:9.0f}"
         rows.append(f"{row}  {part.note}".rstrip())
-    rows.append(f"total time: {sum(part.seconds for part in parts):.0f} s")
+    rows.append(f"total time: {seconds:.0f} s")
     if gtest_missing:
         rows.append(NO_GTEST)
     totals = [sum(getattr(part, name) for part in parts) for name in ("passed", "failed", "skipped")]
@@ -314,12 +337,9 @@ def main() -> int:
             print(NO_GTEST, file=sys.stderr)
             return 1
         parts = [part for part in parts if part.name not in GTESTS]
-    if args.device == "cuda":
-        run_side_by_side(parts)
-    else:
-        for part in parts:
-            part.run()
-    print("\n" + summary(parts, gtest_missing), flush=True)
+    begin = time.monotonic()
+    (run_side_by_side if args.device == "cuda" else run_in_turn)(parts)
+    print("\n" + summary(parts, time.monotonic() - begin, gtest_missing), flush=True)
     return 1 if any(part.failed for part in parts) else 0
 
 

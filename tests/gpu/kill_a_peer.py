@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODES = ("eager", "replay", "fused", "fused replay")
+# Tokens, and rows and columns of the weight: a CTA a tile, pairs of CTAs, the kernel of many tokens.
+FUSED = {"fused": (16, 4096, 64), "pairs": (64, 4096, 2048), "prefill": (512, 8192, 64)}
+MODES = tuple(kind + how for kind in ("all_reduce", *FUSED) for how in ("", " replay"))
 
 
 def survivor(mode: str, rank: int, path: str) -> None:
@@ -28,16 +30,17 @@ def survivor(mode: str, rank: int, path: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
     group = Group(device="cuda", timeout=60.0)
     x = torch.ones(100_000, device="cuda", dtype=torch.bfloat16)
-    tokens, weight = (torch.ones(n, 64, device="cuda", dtype=torch.bfloat16) for n in (16, 4096))
+    fused = FUSED.get(mode.removesuffix(" replay"))
+    m, n, k = fused or (1, 1, 1)
+    tokens, weight = (torch.ones(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
 
     def call() -> torch.Tensor:
-        if not mode.startswith("fused"):
+        if fused is None:
             return group.all_reduce(x)
         return torch.ops.sglang_symm.row_parallel_linear(tokens, weight, None, group.unique_name)
 
-    expected = 128 if mode.startswith("fused") else 2
-    assert (call() == expected).all()
-    assert (group.info()["fused_calls"] > 0) == mode.startswith("fused")
+    assert (call() == 2 * k).all()
+    assert (group.info()["fused_calls"] > 0) == (fused is not None)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
