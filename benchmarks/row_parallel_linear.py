@@ -40,9 +40,9 @@ from sglang_symm.distributed.launch import require_gpu_ranks
 
 COPIES = 4
 ARENA = 1 << 30  # graphs of several ways keep their results at the same time
-# Of a GPU's memory in GB/s: the slope of the time over the weight's bytes, of cuBLAS (H100) and of the fused kernel at
-# one token (H200, where cuBLAS has 4300).
-BANDWIDTH = {"H100": 2930.0, "H200": 4580.0}
+# At which a GPU's memory is read, GB/s: benchmarks/memory.cu (H200), the slope of cuBLAS' time over the weight's bytes
+# (H100).
+BANDWIDTH = {"H100": 2930.0, "H200": 4570.0}
 LINK_HELP = (
     "GB/s of a GPU's link in one direction, for `limit` (default 450: NVLink 4, as the vendor says; between two H200s "
     "benchmarks/link.cu measured 361 of stores, 384 of the copy engine)"

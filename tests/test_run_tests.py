@@ -144,7 +144,7 @@ while not pathlib.Path(sys.argv[1]).exists():
 """
 
 
-def test_on_the_cpu_a_part_beside_the_next_is_not_waited_for_and_its_output_comes_last(
+def test_on_the_cpu_a_part_beside_the_next_is_not_waited_for_and_shows_its_output_when_it_has_ended(
     runner: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     done = tmp_path / "done"
@@ -156,6 +156,23 @@ def test_on_the_cpu_a_part_beside_the_next_is_not_waited_for_and_its_output_come
     assert counts(waits) == counts(next_one) == (1, 0, 0)
     output = capfd.readouterr().out
     assert output.index("the next") < output.index("kernels:\nsaid by a part\n")
+
+
+def test_a_part_that_runs_beside_others_is_not_held_when_it_is_the_last(
+    runner: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runner.run_in_turn([runner.Part("kernels", [sys.executable, "-c", "print('at once')"], program=True, beside=True)])
+    output = capfd.readouterr().out
+    assert "at once" in output
+    assert "beside the next" not in output
+
+
+def test_what_cannot_be_counted_ends_the_parts_that_still_run(runner: ModuleType, tmp_path: Path) -> None:
+    waits = runner.Part("kernels", [sys.executable, "-c", WAIT_FOR, str(tmp_path / "never")], beside=True)
+    broken = "import os; open(os.environ['SGLANG_SYMM_TEST_RESULTS'] + '/rank0.json', 'w').write('{')"
+    with pytest.raises(json.JSONDecodeError):
+        runner.run_in_turn([waits, runner.Part("single", [sys.executable, "-c", broken])])
+    assert waits.process.wait(10) != 0
 
 
 def test_a_part_beside_others_that_hangs_is_ended(runner: ModuleType, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@
                                                           and those that run only when they are named
 
 On GPUs parts run side by side, each on GPUs of its own; what a part printed is shown when it has ended. On the CPU they
-run in turn, but for the kernels, which take one core: beside what follows. A part that takes longer than --limit
-seconds is ended; what its ranks had told until then counts, and it is a failure.
+run in turn, but for the kernels, which take one core once they are compiled: beside what follows. A part that takes
+longer than --limit seconds is ended; what its ranks had told until then counts, and it is a failure.
 
 The last line is the sum over all parts: `N passed, N failed, N skipped`. A test over ranks counts once in each run, as
 failed when it failed on any rank. With CI=true a missing GoogleTest is an error.
@@ -56,6 +56,7 @@ class Part:
     seconds: float = 0.0
     note: str = ""
     begin: float = 0.0
+    held: bool = False  # its output is in a file
     process: subprocess.Popen[bytes] = field(init=False, repr=False)
 
     @property
@@ -63,7 +64,8 @@ class Part:
         return OUT / self.name
 
     def start(self, devices: list[str] | None = None, held: bool = False) -> None:
-        """On GPUs, as CUDA_VISIBLE_DEVICES names them; `held`: its output goes to a file."""
+        """On GPUs, as CUDA_VISIBLE_DEVICES names them; `held`: its output goes to a file, for show()."""
+        self.held = held
         where = f" (GPU {', '.join(devices)})" if devices else " (beside the next)" if held else ""
         print(f"\n=== {self.name}{where}: {' '.join(self.command)}", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -133,6 +135,8 @@ class Part:
 
 def stop(process: subprocess.Popen[bytes]) -> int:
     """End a part. torchrun's ranks lie in sessions of their own and only it knows them, so it is asked first."""
+    if process.poll() is not None:
+        return process.returncode
     os.killpg(process.pid, signal.SIGTERM)
     try:
         return process.wait(60)  # torchrun itself gives its ranks 30 s
@@ -267,19 +271,21 @@ def run_in_turn(parts: list[Part]) -> None:
 
     def wait_for(part: Part) -> None:
         while part in running:
-            running[:] = [other for other in running if not other.has_ended()]
+            for other in list(running):
+                if other.has_ended():
+                    running.remove(other)
+                    if other.held:
+                        other.show()
             time.sleep(0.05)
 
     try:
         for part in parts:
-            part.start(held=part.beside)
+            part.start(held=part.beside and part is not parts[-1])
             running.append(part)
-            if not part.beside:
+            if not part.held:
                 wait_for(part)
         for part in parts:
-            if part.beside:
-                wait_for(part)
-                part.show()
+            wait_for(part)
     except BaseException:  # Ctrl-C, or a signal to end
         for part in running:
             stop(part.process)

@@ -108,18 +108,20 @@ bool is_faster_apart_with_norm(const GemmConfig& c, const GemmShape& s) {
 
 GemmConfig with_columns(GemmConfig c, int64_t k, int sms) {
   // A pair's visit is half of a CTA's. Two H200s, us, CTAs and pairs, 1 and 64 tokens. Few tiles, whose SMs alone do
-  // not keep memory busy: N = 2048, K = 2048 6.8 and 5.3, 8.5 and 7.2, K = 8192 15.8 and 11.4, 22.8 and 15.0; N = 4096
-  // 7.5 and 7.1, 9.7 and 8.8, 19.3 and 18.1, 24.0 and 21.4. Three visits of half for two: N = 10240, K = 4096 25.6 and
-  // 21.5, 29.4 and 26.8. As many visits: N = 8192, K = 4096 19.1 and 18.0, 20.8 and 21.3; K = 2048 10.7 and 10.9.
-  constexpr int64_t kLeast = 2048, kLeastOfAsMany = 4096;
+  // not keep memory busy: N = 2048, K = 2048 6.8 and 5.3, 8.5 and 7.2, K = 8192 15.8 and 11.4, 22.8 and 15.0. Three
+  // visits of half for two: N = 10240, K = 4096 25.6 and 21.5, 29.4 and 26.8. N = 4096, whose 64 tiles nearly keep it
+  // busy: K = 8192 19.3 and 18.1, 24.0 and 21.4; K = 2048 7.5 and 7.1, 9.7 and 8.8, but not behind an ordinary kernel.
+  // As many visits: N = 8192, K = 4096 18.3 and 17.5, 20.6 and 20.9; K = 2048 10.5 and 10.5.
+  constexpr int64_t kLeast = 2048, kLeastForLittle = 4096;
   const int pairs = sms / 2;
   if (c.tile_n != 64 || pairs == 0) return c;
   const int visits = 2 * over(c.tiles, sms), visits_of_pairs = over(c.tiles, pairs);
   const bool fewer = visits_of_pairs < visits;
-  // Not measured between more than two ranks.
+  const bool much_faster = fewer && (c.tiles > sms || 8 * c.tiles <= 3 * sms);
+  // As many visits: not measured between more than two ranks.
   const bool as_many = visits_of_pairs == visits && c.tile_m <= 32 && c.max_world == 2;
   if (!fewer && !as_many) return c;
-  if (k < (fewer ? kLeast : kLeastOfAsMany)) return c;
+  if (k < (much_faster ? kLeast : kLeastForLittle)) return c;
   c.k_parts = 2;
   c.ctas = 2 * std::min(c.tiles, pairs);
   return c;

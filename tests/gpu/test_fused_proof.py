@@ -73,15 +73,20 @@ def test_replays_with_allocations_and_eager_calls_between_differ_in_no_bit(make,
 
 
 def test_calls_of_random_shapes_differ_in_no_bit(make, rank, size):
-    """The same calls on all ranks, in graphs of 100 so that the host does not hold them up."""
+    """The same calls on all ranks, in graphs of 100 so that the host does not hold them up. Of ten shapes two have more
+    tiles than SMs, two are for pairs of CTAs, and one between two ranks is for the kernel of many tokens."""
     group = make(arena_bytes=LONG_ARENA)
     shapes = random.Random(7)
     pool = []
     for seed in range(60):
         m, k = shapes.randint(1, 64), 8 * shapes.randint(1, 100)
-        n = 8 * (shapes.randint(1, 300) if m <= 16 else shapes.randint(265, 400))
+        n = 8 * shapes.randint(1, 400)
         if seed % 5 == 0:  # more tiles than SMs
             n, k = long_n(group, shapes.uniform(1.1, 1.5)), 8 * shapes.randint(1, 12)
+        elif seed % 5 == 1:
+            n, k = 8 * shapes.randint(1, 8 * (sms_of(group) // 2)), 8 * shapes.randint(256, 300)
+        elif seed % 10 == 7 and size == 2:  # a wide tile for each cluster
+            m, n = shapes.randint(240, 256), 256 * (sms_of(group) // 2) - 8 * shapes.randint(0, 8)
         case = Case(size, m, n, k, shapes.choice([torch.bfloat16, torch.float16]), seed, shapes.random() < 0.5)
         pool.append((case, case.expected().view(torch.int16)))
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
