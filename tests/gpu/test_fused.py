@@ -125,8 +125,8 @@ def test_any_n_and_k_that_are_multiples_of_8(make, rank, size, dtype, n, k):
 @pytest.mark.parametrize("k", [2048, 2200, 4104])
 @pytest.mark.parametrize("tiles_an_sm", [0.3, 0.5, 1, 1.25, 2.2])
 def test_pairs_of_ctas_give_the_bits_of_all_of_k(shared_group, exact_products, rank, size, dtype, k, tiles_an_sm):
-    """Each CTA multiplies half of k: of a tile (0.3, 0.5), and between two ranks of two in turn (3 and 17 tokens,
-    k = 4104), three, five. More ranks have tiles of 128 rows from 1.25 on, and no pairs."""
+    """Each CTA multiplies half of k: of a tile (0.3; 0.5: k = 4104), and between two ranks of two in turn (3 and 17
+    tokens, k = 4104), three, five. More ranks have tiles of 128 rows from 1.25 on, and no pairs."""
     sms = sms_of(shared_group) // 2 * 2
     before, n = fused_calls(shared_group), 64 * int(tiles_an_sm * sms) - 8
     for m in (3, 17, 64):

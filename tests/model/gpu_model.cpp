@@ -1,7 +1,7 @@
 // The protocol between GPUs (csrc/signal/pad_cuda.h, csrc/collective, csrc/fused) as a partial order of accesses to
 // shared words, and a search through every order in which 2 to 4 ranks can make them.
 //
-//   gpu_model --ranks 3 --calls one_shot,fused_two_shot,zero --fault late [--mutant NAME] [--in-order]
+//   gpu_model --ranks 3 --calls one_shot,fused_two_shot,zero --fault late [--mutant NAME] [--in-order] [--two-tiles]
 //   gpu_model --ranks 2 --any one_shot,copy,direct --length 3            every sequence of 3 of these
 //   gpu_model --mutants | --faults | --kinds                             the names
 //
@@ -9,7 +9,8 @@
 // What comes before what is said explicitly (Op::needs), because a GPU orders little by itself: a load that is awaited
 // comes before what follows from it, everything comes before the end of its kernel, and the next kernel's accesses come
 // after that (griddepcontrol.wait). Two stores of a thread are in no order, unless a fence and a release say so. With
-// --in-order a thread's accesses are made one after the other: fewer states, for four ranks.
+// --in-order a thread's accesses are made one after the other: fewer states, for four ranks. The fused kernels have two
+// tiles between two ranks, and one between more without --two-tiles.
 //
 // A state is the set of accesses that each rank has made, and all words. The search and the command are explore.h's.
 //
@@ -29,7 +30,7 @@
 
 namespace {
 
-constexpr int kMaxRanks = 4, kMaxCalls = 4, kTiles = 2;  // tiles: between two ranks; one between more
+constexpr int kMaxRanks = 4, kMaxCalls = 4, kTiles = 2;
 using Mask = unsigned __int128;
 
 // --- what is modelled -----------------------------------------------------------------------------------------------
@@ -144,6 +145,7 @@ static_assert(std::size(kMutants) == static_cast<size_t>(Mutant::one_buffer_of_r
 
 struct Config : explore::Config<Kind, Fault, Mutant> {
   bool in_order = false;
+  bool two_tiles = false;  // of the fused kernels, between any ranks
 };
 
 // --- words ----------------------------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ class Writer {
     }
   }
 
-  int tiles() const { return config_.ranks == 2 ? kTiles : 1; }
+  int tiles() const { return config_.ranks == 2 || config_.two_tiles ? kTiles : 1; }
   bool re_arms(int tile) const { return tile != tiles() - 1 || !mutant(Mutant::last_tile_not_re_armed); }
 
   void fused() {
@@ -795,12 +797,13 @@ class Machine : public explore::Narrator {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const explore::Command<Config, State, Move, Machine> command{.program = "gpu_model",
-                                                               .kinds = kKinds,
-                                                               .mutants = kMutants,
-                                                               .faults = kFaults,
-                                                               .max_ranks = kMaxRanks,
-                                                               .max_calls = kMaxCalls,
-                                                               .switches = {{"--in-order", &Config::in_order}}};
+  const explore::Command<Config, State, Move, Machine> command{
+      .program = "gpu_model",
+      .kinds = kKinds,
+      .mutants = kMutants,
+      .faults = kFaults,
+      .max_ranks = kMaxRanks,
+      .max_calls = kMaxCalls,
+      .switches = {{"--in-order", &Config::in_order}, {"--two-tiles", &Config::two_tiles}}};
   return command.run(argc, argv);
 }

@@ -26,6 +26,7 @@ ALL = SMALL + ",fused,fused_two_shot"
         (3, f"--any {SMALL} --length 3 --in-order"),
         (3, f"--any {ALL} --length 2 --in-order"),
         (3, "--calls fused_two_shot,zero,fused_two_shot --in-order"),
+        (3, "--calls fused_two_shot,fused_two_shot,fused_two_shot --in-order --two-tiles"),
         (4, "--calls one_shot,direct,copy --in-order"),
         (4, "--calls two_shot,fused --in-order"),
         (2, f"--any {ALL},prefill,exchange --length 2 --in-order"),
@@ -164,6 +165,21 @@ def test_the_search_catches(
 ) -> None:
     order = ["--in-order"] if ranks > 2 else []
     counts.append(caught(gpu_checker, mutant, ranks, calls, fault, violated, *order) + " (GPU)")
+
+
+@pytest.mark.parametrize(
+    ("mutant", "violated"),
+    [
+        ("slots of results are not re-armed", "data of call 1"),
+        ("the last tile is not re-armed", "data of call 1"),
+        ("results of a tile are awaited before its sum is pushed", "deadlock"),
+    ],
+)
+def test_between_three_ranks_a_tile_late_the_search_catches(
+    gpu_checker: Path, counts: list[str], mutant: str, violated: str
+) -> None:
+    calls, options = "fused_two_shot,zero,fused_two_shot", ("--in-order", "--two-tiles")
+    counts.append(caught(gpu_checker, mutant, 3, calls, "none", violated, *options) + " (GPU)")
 
 
 def test_every_mutant_is_tried(gpu_checker: Path) -> None:
