@@ -99,7 +99,9 @@ def test_calls_of_random_shapes_differ_in_no_bit(make, rank, size):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i, (case, want) in enumerate(chosen):
-                y = case.call(group, rank, static_weight=i % 3 == 0)
+                # Many tokens into ordinary memory: a graph's results would fill the arena.
+                few = case.xs[0].size(0) <= 64
+                y = case.call(group, rank, static_weight=i % 3 == 0, symmetric=few)
                 wrong += (y.view(torch.int16) != want).sum()
         graphs.append(graph)
     assert group.info()["fused_calls"] - before == 20 * 101
