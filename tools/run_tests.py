@@ -152,7 +152,8 @@ def has_gtest() -> bool:
 
 def gtest_part(name: str) -> Part:
     flags = f"GTEST_FLAGS=--gtest_output=json:{OUT / name / 'gtest.json'}"
-    return Part(name, ["make", "--no-print-directory", "-C", "tests/cpp", GTESTS[name], flags])
+    command = ["make", "--no-print-directory", "-C", "tests/cpp", GTESTS[name], flags]
+    return Part(name, command, beside=name == "kernels")
 
 
 def pytest_part(name: str, *args: str) -> Part:
@@ -297,7 +298,6 @@ def all_parts(device: str) -> list[Part]:
         return gpu_parts()
     single = ["tests", "--ignore=tests/distributed", "--ignore=tests/faults", "--ignore=tests/gpu"]
     parts = [*(gtest_part(name) for name in GTESTS), pytest_part("single", *single)]
-    parts[list(GTESTS).index("kernels")].beside = True
     if (ROOT / "tests" / "distributed").is_dir():
         parts += [ranks_part(ranks) for ranks in (*RANKS, *MARKED_RANKS)]
     if (ROOT / "tests" / "faults").is_dir():

@@ -68,9 +68,9 @@ void launch_decode(const GemmConfig& config, DecodeCuda args, const MatrixCuda& 
   launch.stream = stream;
   launch.attrs = attributes;
   launch.numAttrs = pairs ? 2 : 1;
-  // Not 256 bytes, which are the next box's too: it comes at once, and what is read once is then asked for twice. Two
-  // H200s, us: K = 14336, 1 and 16 tokens 54.4 and 55.3 (128, 64 or none) for 58.5 and 57.9, K = 4096 17.7 and 17.9 for
-  // 18.4 and 18.9.
+  // Not 256 bytes, which are the next box's too: it comes at once, and is then probably fetched twice. Two H200s, us:
+  // K = 14336, 1 and 16 tokens 54.4 and 55.3 (128, 64 or none) for 58.5 and 57.9, K = 4096 17.7 and 17.9 for 18.4 and
+  // 18.9.
   constexpr CUtensorMapL2promotion kNone = CU_TENSOR_MAP_L2_PROMOTION_NONE;
   check_cuda(cudaLaunchKernelEx(&launch, instance.kernel, map_of(weight, dtype, config.tile_n, kNone),
                                 map_of(x, dtype, args.m, kNone), args),

@@ -116,7 +116,7 @@ def test_one_buffer_would_do_for_the_results_of_both_parities(
     holds(gpu_checker, counts, ranks, "none", "--mutant", variant, *options.split())
 
 
-# Mutant, ranks, calls, fault, what is violated.
+# Mutant, ranks, calls and options, fault, what is violated.
 MUTANTS = [
     ("one parity for all slots", 2, "one_shot,one_shot", "none", "overwrites slot.*data of call 1"),
     ("one parity for all slots", 2, "fused,fused", "none", "overwrites slot.*data of call 1"),
@@ -152,6 +152,10 @@ MUTANTS = [
     ("slots are not re-armed", 2, "exchange,zero,exchange", "none", "data of call 1"),
     ("the flag of a partial is raised before it has arrived", 2, "prefill", "none", "reads partial"),
     ("results of a tile are awaited before its sum is pushed", 2, "fused_two_shot", "none", "deadlock"),
+    ("results of a tile are awaited before its sum is pushed", 3, "fused_two_shot --two-tiles", "none", "deadlock"),
+    ("slots of results are not re-armed", 3, "fused_two_shot,zero,fused_two_shot --two-tiles", "none",
+     "data of call 1"),
+    ("the last tile is not re-armed", 3, "fused_two_shot,zero,fused_two_shot --two-tiles", "none", "data of call 1"),
     ("a kernel that gives up writes no status", 2, "one_shot", "late", "nobody is told"),
     ("a broken group goes on", 2, "one_shot,zero,one_shot", "late", "takes data of call 3"),
     ("the deadline is never looked at", 2, "one_shot", "stopped", "deadlock"),
@@ -164,23 +168,9 @@ MUTANTS = [
 def test_the_search_catches(
     gpu_checker: Path, counts: list[str], mutant: str, ranks: int, calls: str, fault: str, violated: str
 ) -> None:
+    calls, *options = calls.split()
     order = ["--in-order"] if ranks > 2 else []
-    counts.append(caught(gpu_checker, mutant, ranks, calls, fault, violated, *order) + " (GPU)")
-
-
-@pytest.mark.parametrize(
-    ("mutant", "violated"),
-    [
-        ("slots of results are not re-armed", "data of call 1"),
-        ("the last tile is not re-armed", "data of call 1"),
-        ("results of a tile are awaited before its sum is pushed", "deadlock"),
-    ],
-)
-def test_between_three_ranks_a_tile_late_the_search_catches(
-    gpu_checker: Path, counts: list[str], mutant: str, violated: str
-) -> None:
-    calls, options = "fused_two_shot,zero,fused_two_shot", ("--in-order", "--two-tiles")
-    counts.append(caught(gpu_checker, mutant, 3, calls, "none", violated, *options) + " (GPU)")
+    counts.append(caught(gpu_checker, mutant, ranks, calls, fault, violated, *order, *options) + " (GPU)")
 
 
 def test_every_mutant_is_tried(gpu_checker: Path) -> None:
