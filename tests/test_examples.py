@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
+from preloaded import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 # What both ranks print, where an error would be printed as a number rather than raised.
@@ -30,14 +30,12 @@ def test_every_example_is_run() -> None:
 def test_example(name: str) -> None:
     if name == "hugging_face":
         pytest.importorskip("transformers")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "examples" / f"{name}.py")],
+    torchrun = Process(
+        torch.distributed.run.main,
+        ["--standalone", "--nproc-per-node=2", str(ROOT / "examples" / f"{name}.py")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(EXPECTED[name]) == 2, done.stdout
+    out, err = torchrun.communicate(timeout=240)
+    assert torchrun.returncode == 0, err
+    assert out.count(EXPECTED[name]) == 2, out

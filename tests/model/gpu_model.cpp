@@ -558,7 +558,7 @@ class Machine : public explore::Narrator {
   void apply(State& state, Move move, std::vector<std::string>* log = nullptr) {
     begin_move(log);
     if (move.action == Action::stop) {
-      say(move.rank, 0, "stops for ever");
+      if (talks()) say(move.rank, 0, "stops for ever");
       state.gone |= static_cast<uint8_t>(1 << move.rank);
     } else if (move.action == Action::give_up) {
       give_up(state, move.rank, programs_[move.rank].ops[move.op], move.op);
@@ -624,7 +624,7 @@ class Machine : public explore::Narrator {
   }
 
   void give_up(State& state, int r, const Op& op, int index) {
-    say(r, op.call, "gives up waiting for " + names(op));
+    if (talks()) say(r, op.call, "gives up waiting for " + names(op));
     fail(state, r, op);
     state.made[r] |= bit(index);
   }
@@ -653,12 +653,12 @@ class Machine : public explore::Narrator {
           violate(r, "overwrites " + at_.name(word) + " of call " + std::to_string(old) + ", which rank " +
                          std::to_string(reader) + " has not seen");
         }
-        say(r, op.call, "sends " + at_.name(word));
+        if (talks()) say(r, op.call, "sends " + at_.name(word));
         state.now[word] = op.value;
         return;
       }
       case Act::await:
-        say(r, op.call, "finds " + names(op));
+        if (talks()) say(r, op.call, "finds " + names(op));
         for (const int word : op.words) {
           const int value = state.now[word];
           if ((value & 7) != op.call) {
@@ -668,7 +668,7 @@ class Machine : public explore::Narrator {
           const bool mine = config_.odd_rank == r && op.call == 2;
           const bool differs = ((value & kOddDescriptor) != 0) != mine;
           if (op.compares && differs && !mutant(Mutant::descriptors_not_compared)) {
-            say(r, op.call, "sees that the descriptors differ");
+            if (talks()) say(r, op.call, "sees that the descriptors differ");
             fail(state, r, op);
           }
         }
@@ -678,12 +678,12 @@ class Machine : public explore::Narrator {
         if (old != 0) {
           violate(r, "overwrites " + at_.name(word) + ", which holds data of call " + std::to_string(old));
         }
-        say(r, op.call, "pushes into " + at_.name(word));
+        if (talks()) say(r, op.call, "pushes into " + at_.name(word));
         state.now[word] = op.value;
         return;
       }
       case Act::take:
-        say(r, op.call, "takes " + names(op));
+        if (talks()) say(r, op.call, "takes " + names(op));
         for (const int word : op.words) {
           if (state.now[word] == op.call) continue;
           violate(r, "takes data of call " + std::to_string(state.now[word]) + " in " + at_.name(word) +
@@ -691,7 +691,7 @@ class Machine : public explore::Narrator {
         }
         return;
       case Act::re_arm:
-        say(r, op.call, "re-arms " + names(op));
+        if (talks()) say(r, op.call, "re-arms " + names(op));
         for (const int word : op.words) {
           const int old = state.now[word];
           if (old != op.call && old != 0)
@@ -700,7 +700,7 @@ class Machine : public explore::Narrator {
         }
         return;
       case Act::fill:
-        say(r, op.call, "(its caller) fills its tensor");
+        if (talks()) say(r, op.call, "(its caller) fills its tensor");
         for (size_t i = 0; i < op.words.size(); i++) {
           const int word = op.words[i], old = state.now[word];
           const bool peers_read = old != 0 && old % 2 == 0 && config_.calls[old / 2 - 1] == Kind::direct_read;
@@ -711,7 +711,7 @@ class Machine : public explore::Narrator {
         }
         return;
       case Act::read:
-        say(r, op.call, "reads " + names(op));
+        if (talks()) say(r, op.call, "reads " + names(op));
         for (const int word : op.words) {
           if (state.now[word] == kSpoiled) {
             state.spoiled |= static_cast<uint8_t>(1 << r);
@@ -722,7 +722,7 @@ class Machine : public explore::Narrator {
         return;
       case Act::write: {
         const int word = op.words[0], owner = (word - Layout::kTensors) / kMaxRanks;
-        say(r, op.call, "writes " + at_.name(word));
+        if (talks()) say(r, op.call, "writes " + at_.name(word));
         if (state.call[owner] > op.call || (state.over >> owner & 1) != 0) {
           if ((state.broken >> owner & 1) == 0) {
             violate(r, "writes " + at_.name(word) + " after that call of rank " + std::to_string(owner) + " has ended");
@@ -740,7 +740,7 @@ class Machine : public explore::Narrator {
   int reader_of(int word) const { return word % Layout::kPairs / 2 / kMaxRanks; }
 
   void end(State& state, int r, const Op& op) {
-    say(r, op.call, "ends");
+    if (talks()) say(r, op.call, "ends");
     const auto mine = static_cast<uint8_t>(1 << r);
     const bool broken = (state.broken & mine) != 0;
     if (state.failed[r] != 0 && (state.record & mine) == 0) violate(r, "gave up, and nobody is told");
@@ -777,10 +777,10 @@ class Machine : public explore::Narrator {
         const auto& ops = programs_[r].ops;
         for (size_t i = first(state, r); i < last(state, r); i++) {
           const Op& op = ops[i];
-          if (!enabled(state, r, static_cast<int>(i))) continue;
           const bool skipped = (state.failed[r] >> op.thread & 1) != 0 && op.call == state.call[r];
-          const bool now = op.act == Act::end || (op.act == Act::take && present(state, op)) || skipped;
-          if (!now) continue;
+          if (!skipped && op.act != Act::end && op.act != Act::take) continue;
+          if (!enabled(state, r, static_cast<int>(i))) continue;
+          if (!skipped && op.act == Act::take && !present(state, op)) continue;
           access(state, r, static_cast<int>(i));
           again = true;
           break;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from preloaded import Process
 
 from sglang_symm import tuning
 from sglang_symm.__main__ import main as command
@@ -257,14 +257,15 @@ def test_an_end_while_mpi_runs_ends_mpi_too(tmp_path: Path, number: signal.Signa
         (tmp_path / name).chmod(0o755)
     words = ["-b", "2K", "-e", "2K", "--peers", "openmpi"]
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-m", "sglang_symm", "bench", *words], env=environment) as bench:
-        deadline = time.monotonic() + 120
-        while not child.exists():
-            assert bench.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        bench.send_signal(number)
-        assert bench.wait(60) == code
+    bench = Process(command, ["bench", *words], env=environment)
+    deadline = time.monotonic() + 120
+    while not child.exists():
+        assert bench.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    bench.send_signal(number)
+    bench.communicate(timeout=60)
+    assert bench.returncode == code
     pid = int(child.read_text())
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline

@@ -15,6 +15,7 @@ import llama_cases
 import pytest
 import safetensors.torch
 import torch
+from preloaded import Process
 
 from sglang_symm import _library
 from sglang_symm.__main__ import main
@@ -45,9 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sglang_symm", "generate", *map(str, words)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    command = ["generate", *map(str, words)]
+    process = Process(main, command, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+    out, err = process.communicate(timeout=120)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @needs_library

@@ -2,31 +2,25 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from preloaded import Process
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = """
-import sys
-from sglang_symm.distributed.launch import run_ranks
-sys.exit(run_ranks(int(sys.argv[1]), [sys.executable, "-c", sys.argv[2]], grace=float(sys.argv[3]), **OPTIONS))
-"""
+
+
+def run(nproc, program, grace, options):
+    from sglang_symm.distributed.launch import run_ranks
+
+    return run_ranks(nproc, [sys.executable, "-c", program], grace=grace, **options)
 
 
 def start(nproc, program, grace=1.0, **options):
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH.replace("OPTIONS", repr(options)), str(nproc), program, str(grace)],
-        env=env | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return Process(run, nproc, program, grace, options, env=env | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
 
 
 def launch(nproc, program, **kwargs):
@@ -91,7 +85,7 @@ sys.stderr.write('end')
 
 def test_a_progress_bar_has_the_rank_once_and_moves():
     program = r"import os; os.environ['RANK'] == '1' and os.write(2, b'\rhalf\rall\n')"
-    code, _, err = launch(2, program)  # text: a carriage return is read as the end of a line
+    code, _, err = launch(2, program)
     assert (code, err) == (0, "\n[rank 1] half\n[rank 1] all\n")
 
 

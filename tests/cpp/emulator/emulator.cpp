@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace emulator {
 
@@ -37,7 +38,7 @@ Cta::Cta(Grid& owner, unsigned index)
     ready.push_back(&fibers[t]);
   }
   thread_ = std::thread([this] { work(); });
-  back_.acquire();
+  Machine::now().back_.acquire();
 }
 
 Cta::~Cta() {
@@ -65,38 +66,42 @@ void Cta::work() {
     makecontext(&fiber.begin, reinterpret_cast<void (*)()>(&Cta::enter), 2, static_cast<unsigned>(bits),
                 static_cast<unsigned>(bits >> 32));
   }
-  back_.release();
+  Machine& machine = Machine::now();
+  machine.back_.release();
   for (;;) {
     go_.acquire();
     if (leave_) return;
-    for (unsigned i = 0; i < slices_ && !(ready.empty() && polling.empty()); i++) {
-      const bool poll = ready.empty() || (!polling.empty() && Machine::now().draw(kPollsAre) == 0);
-      auto& from = poll ? polling : ready;
-      const size_t chosen = Machine::now().draw(from.size());
-      std::swap(from[chosen], from.back());
-      Fiber* fiber = from.back();
-      from.pop_back();
-      running = fiber;
-      resume(fiber);
-      running = nullptr;
-      if (fiber->ended) live--;
+    Cta* next = this;
+    while (next == this) {
+      run_slices();
+      next = machine.next_behind_a_cta();
     }
-    back_.release();
+    (next == nullptr ? machine.back_ : next->go_).release();
   }
 }
 
-// Apart from work(), whose variables a jump must not touch.
+void Cta::run_slices() {
+  for (unsigned i = 0; i < slices_ && !(ready.empty() && polling.empty()); i++) {
+    const bool poll = ready.empty() || (!polling.empty() && Machine::now().draw(kPollsAre) == 0);
+    auto& from = poll ? polling : ready;
+    const size_t chosen = Machine::now().draw(from.size());
+    std::swap(from[chosen], from.back());
+    Fiber* fiber = from.back();
+    from.pop_back();
+    running = fiber;
+    resume(fiber);
+    running = nullptr;
+    if (fiber->ended && --live == 0) Machine::now().look_at_grids();
+  }
+  Machine::now().steps_ += slices_;
+}
+
+// Apart from run_slices(), whose variables a jump must not touch.
 void Cta::resume(Fiber* fiber) {
   if (_setjmp(scheduler_) != 0) return;  // the fiber has given the processor back
   if (fiber->entered) _longjmp(fiber->context, 1);
   fiber->entered = true;
   swapcontext(&unused_, &fiber->begin);
-}
-
-void Cta::run(unsigned slices) {
-  slices_ = slices;
-  go_.release();
-  back_.acquire();
 }
 
 void Cta::commit(size_t index) {
@@ -156,6 +161,7 @@ void Machine::launch(Stream* stream, std::unique_ptr<Grid> grid) {
   if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) streams_.push_back(stream);
   grid->stream = stream;
   stream->grids.push_back(std::move(grid));
+  look_at_grids();
 }
 
 void Machine::start_and_end_grids() {
@@ -206,12 +212,30 @@ std::string Machine::describe() const {
 }
 
 void Machine::run(uint64_t most) {
-  const uint64_t end = steps_ + most;
-  uint64_t change = 0, pace = 1;
-  std::vector<Cta*> runnable;
-  while (true) {
+  most_ = most, end_ = steps_ + most;
+  change_ = 0, pace_ = 1;
+  done_ = false;
+  while (!done_) {
     start_and_end_grids();
-    runnable.clear();
+    grids_change_ = false;
+    if (Cta* cta = next()) {
+      cta->go_.release();
+      back_.acquire();
+    }
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+    if (!failure_.empty()) throw std::runtime_error(failure_);
+  }
+}
+
+// CTAs hand the processor to each other, which is one thread less to wake.
+Cta* Machine::next_behind_a_cta() try { return failure_.empty() ? next() : nullptr; } catch (...) {
+  error_ = std::current_exception();
+  return nullptr;
+}
+
+Cta* Machine::next() {
+  while (!grids_change_) {
+    runnable_.clear();
     bool any = false;
     uint64_t weight = 0;
     for (Stream* stream : streams_) {
@@ -220,45 +244,47 @@ void Machine::run(uint64_t most) {
         for (const auto& cta : stream->grids[i]->ctas) {
           for (uint64_t n = draw(8); n > 0 && !cta->stores.empty(); n--) cta->commit(draw(cta->stores.size()));
           if (cta->ready.empty() && cta->polling.empty()) continue;
-          runnable.push_back(cta.get());
+          runnable_.push_back(cta.get());
           weight += weight_of(*cta);
         }
       }
     }
-    if (!any && actions_.empty()) return;
-    if (steps_ >= change) {  // now and then another rank or CTA is slow, or stands still, or bulk copies do
+    if (!any && actions_.empty()) {
+      done_ = true;
+      return nullptr;
+    }
+    if (steps_ >= change_) {  // now and then another rank or CTA is slow, or stands still, or bulk copies do
       for (Stream* stream : streams_) {
         stream->weight = 1u << draw(7);
         for (const auto& grid : stream->grids) {
           for (const auto& cta : grid->ctas) cta->weight = 1u << draw(7);
         }
       }
-      pace = 1u << draw(7);
-      change = steps_ + 1000 + draw(20'000);
+      pace_ = 1u << draw(7);
+      change_ = steps_ + 1000 + draw(20'000);
     }
-    if (!actions_.empty() && (runnable.empty() || draw(pace) == 0)) {
+    if (!actions_.empty() && (runnable_.empty() || draw(pace_) == 0)) {
       const size_t chosen = draw(actions_.size());
       const auto action = std::move(actions_[chosen]);
       actions_.erase(actions_.begin() + static_cast<std::ptrdiff_t>(chosen));
       action();
       continue;
     }
-    if (runnable.empty()) throw std::runtime_error("every thread waits for another:" + describe());
-    if (steps_ >= end) {
-      throw std::runtime_error("kernels did not end within " + std::to_string(most) + " steps:" + describe());
+    if (runnable_.empty()) throw std::runtime_error("every thread waits for another:" + describe());
+    if (steps_ >= end_) {
+      throw std::runtime_error("kernels did not end within " + std::to_string(most_) + " steps:" + describe());
     }
     uint64_t chosen = draw(weight);
-    Cta* cta = runnable.front();
-    for (Cta* each : runnable) {
+    Cta* cta = runnable_.front();
+    for (Cta* each : runnable_) {
       cta = each;
       if (chosen < weight_of(*each)) break;
       chosen -= weight_of(*each);
     }
-    const unsigned slices = 1 + static_cast<unsigned>(draw(64));
-    cta->run(slices);
-    steps_ += slices;
-    if (!failure_.empty()) throw std::runtime_error(failure_);
+    cta->slices_ = 1 + static_cast<unsigned>(draw(64));
+    return cta;
   }
+  return nullptr;
 }
 
 // ---- for kernels ----

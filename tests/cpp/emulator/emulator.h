@@ -11,6 +11,7 @@
 #pragma once
 
 #include <sched.h>
+#include <semaphore.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -18,9 +19,9 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
-#include <semaphore>
 #include <string>
 #include <thread>
 #include <vector>
@@ -84,6 +85,22 @@ struct Pending {
   unsigned size;
 };
 
+// Who waits sleeps at once. std::binary_semaphore yields the core first, at times to another program for milliseconds.
+class Semaphore {
+ public:
+  Semaphore() { sem_init(&semaphore_, 0, 0); }
+  ~Semaphore() { sem_destroy(&semaphore_); }
+  Semaphore(const Semaphore&) = delete;
+  void release() { sem_post(&semaphore_); }
+  void acquire() {
+    while (sem_wait(&semaphore_) != 0) {  // a signal came
+    }
+  }
+
+ private:
+  sem_t semaphore_;
+};
+
 class Cta {
  public:
   Cta(Grid& grid, unsigned index);
@@ -116,18 +133,18 @@ class Cta {
   std::deque<Pending> stores;
   const std::byte* anchor = nullptr;  // where this OS thread's thread_local memory lies
 
-  void run(unsigned slices);  // hands the CTA the processor
   void commit(size_t index);  // one of `stores`
   void flush();
 
  private:
   void work();
+  void run_slices();
   void resume(Fiber* fiber);
   static void enter(unsigned low, unsigned high);
   friend class Machine;
   friend void block();
 
-  std::binary_semaphore go_{0}, back_{0};
+  Semaphore go_;
   unsigned slices_ = 0;
   bool leave_ = false;
   ucontext_t unused_{};
@@ -185,6 +202,7 @@ class Machine {
   }
   uint64_t time_ns() const { return 1'000'000 + steps_ * kStepNs; }
   void wake(Fiber* fiber) { fiber->cta->ready.push_back(fiber); }
+  void look_at_grids() { grids_change_ = true; }           // a CTA has ended, or lets the next kernel in
   void fail(const std::string& what) { failure_ = what; }  // run() throws it
 
   std::byte* take_stack();
@@ -192,13 +210,21 @@ class Machine {
 
  private:
   void start_and_end_grids();
+  Cta* next();                   // nobody: run() has to do something, or all is done
+  Cta* next_behind_a_cta();      // the same, on a CTA's thread
   std::string describe() const;  // who waits
+  friend class Cta;
 
   uint64_t state_;
   cpu_set_t cores_{};  // before
-  uint64_t steps_ = 0;
+  uint64_t steps_ = 0, most_ = 0, end_ = 0;
+  uint64_t change_ = 0, pace_ = 1;  // when weights and pace are drawn again; how rarely actions come
+  bool grids_change_ = false, done_ = false;
+  Semaphore back_;  // run() has the processor again
   std::string failure_;
+  std::exception_ptr error_;  // of next() on a CTA's thread
   std::vector<Stream*> streams_;
+  std::vector<Cta*> runnable_;
   std::vector<std::function<void()>> actions_;
   std::vector<std::byte*> stacks_;
 };

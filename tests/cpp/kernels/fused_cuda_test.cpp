@@ -1,4 +1,5 @@
 // The fused CUDA kernels on the emulator: bits, protocol, failures.
+#include <algorithm>
 #include <cmath>
 #include <deque>
 #include <limits>
@@ -173,24 +174,27 @@ class Linear {
 
   // round(x @ w^T)
   void multiply(Matrix& x, Matrix& w) {
-    std::vector<float> tokens, rows;
-    const auto k = static_cast<size_t>(x.columns);
-    const auto floats = [&](Matrix& matrix, std::vector<float>* to) {
-      for (int row = 0; row < matrix.rows; row++) {
-        for (int column = 0; column < matrix.columns; column++) to->push_back(matrix.at(row, column));
+    const auto n = static_cast<size_t>(n_), k = static_cast<size_t>(x.columns);
+    std::vector<float> columns(k * n);  // of the weight
+    for (int row = 0; row < n_; row++) {
+      for (int column = 0; column < w.columns; column++) {
+        columns[static_cast<size_t>(column) * n + static_cast<size_t>(row)] = w.at(row, column);
       }
-    };
-    floats(x, &tokens);
-    floats(w, &rows);
+    }
     Buffer& product = products_.emplace_back(count(), dtype_);
-    for (size_t i = 0; i < count(); i++) {
-      const float* a = tokens.data() + i / static_cast<size_t>(n_) * k;
-      const float* b = rows.data() + i % static_cast<size_t>(n_) * k;
-      float sum = 0;
-      for (size_t j = 0; j < k; j++) sum += a[j] * b[j];
-      uint16_t bits = from_float(sum, dtype_);
-      if (sum != sum) bits = 0xFFFF;  // the library may round to any NaN
-      std::memcpy(product.data() + 2 * i, &bits, 2);
+    std::vector<float> sums(n);
+    for (int token = 0; token < m_; token++) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int column = 0; column < x.columns; column++) {
+        const float a = x.at(token, column);
+        const float* b = columns.data() + static_cast<size_t>(column) * n;
+        for (size_t i = 0; i < n; i++) sums[i] += a * b[i];
+      }
+      for (size_t i = 0; i < n; i++) {
+        uint16_t bits = from_float(sums[i], dtype_);
+        if (sums[i] != sums[i]) bits = 0xFFFF;  // the library may round to any NaN
+        std::memcpy(product.data() + 2 * (static_cast<size_t>(token) * n + i), &bits, 2);
+      }
     }
   }
 

@@ -47,6 +47,7 @@ inline void wait_for_previous_kernel() {
 }
 inline void let_next_kernel_in() {
   emulator::self().cta->lets_next_in = true;
+  emulator::Machine::now().look_at_grids();
 }
 inline void make_now(uint32_t) {}
 
