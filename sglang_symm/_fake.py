@@ -220,6 +220,7 @@ def row_parallel_linear_add_rms_norm(
     eps: float,
     group: str,
     static_weight: bool = False,
+    *,
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor]:
     op = "row_parallel_linear_add_rms_norm"

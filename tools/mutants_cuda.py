@@ -275,6 +275,14 @@ MUTANTS = [
         (FUSED,),
     ),
     CudaMutant(
+        "fused: every weight is static",
+        FUSED,
+        "args.parts = config.k_parts;",
+        "args.parts = config.k_parts;\n  args.static_weight = args.partial == nullptr;",
+        FUSED_TEST + "'written_by_the_kernel and all_reduce_'",
+        (FUSED,),
+    ),
+    CudaMutant(
         "fused, pairs of CTAs: the other half of k is added before it has come",
         "fused/decode_sm90.cuh",
         "barrier_wait_cluster(came, (i >> 1) & 1);",
@@ -308,6 +316,14 @@ MUTANTS = [
         MANY_TOKENS,
         (PREFILL,),
         ranks=4,
+    ),
+    CudaMutant(
+        "prefill: every weight is static",
+        PREFILL,
+        "args.share = config.share;",
+        "args.share = config.share;\n  args.static_weight = args.partial == nullptr;",
+        "tests/gpu/test_fused_prefill.py -k 'written_by_the_kernel and all_reduce_'",
+        (PREFILL,),
     ),
     CudaMutant(
         "prefill, two ranks: slots are not re-armed",

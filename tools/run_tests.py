@@ -202,7 +202,7 @@ def gpu_parts() -> list[Part]:
     llama, collectives = "tests/gpu/test_llama.py", "tests/gpu/test_collectives.py"
     models = [llama, "tests/gpu/test_smollm2.py"]
     wanted = {2: ["tests/gpu"], 4: ["tests/gpu"], 3: [collectives, *models], 6: models}
-    wanted[8] = [f"tests/gpu/test_{name}.py" for name in ("collectives", "failures", "fused", "norm")]
+    wanted[8] = [f"tests/gpu/test_{name}.py" for name in ("collectives", "failures", "fused", "fused_proof", "norm")]
     wanted.setdefault(gpus, ["tests/gpu"])
     parts = []
     for ranks, tests in wanted.items():

@@ -51,9 +51,10 @@ struct Counters {
   std::array<std::atomic<uint64_t>, kAlgorithms> by_algorithm{};
   std::atomic<uint64_t> outputs_inside{0};
   std::atomic<uint64_t> outputs_outside{0};
-  std::atomic<uint64_t> fused{0};  // of `calls`: the reduction in one kernel with a GEMM or a norm
+  std::atomic<uint64_t> fused{0};   // of `calls`: the reduction in one kernel with a GEMM
+  std::atomic<uint64_t> normed{0};  // of `calls`: in one kernel with a norm
   std::atomic<bool> warned_full{false};
-  std::atomic<bool> warned_slots{false};
+  std::atomic<size_t> warned_arena{0};  // bytes: calls that need no more are not told of again
 };
 
 class Group {

@@ -59,7 +59,7 @@ bool all_reduce_norm_into(Group& group, Descriptor descriptor, const at::Tensor&
   a.slot_bytes = collectives.layout().slot_bytes;
   launch_all_reduce_norm(a, collectives.max_ctas(), stream);
   count_call(group, descriptor.algorithm);
-  group.counters.fused.fetch_add(1, std::memory_order_relaxed);
+  group.counters.normed.fetch_add(1, std::memory_order_relaxed);
   return true;
 }
 

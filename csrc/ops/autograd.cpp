@@ -236,7 +236,10 @@ at::Tensor row_parallel_linear_autocast(const at::Tensor& x, const at::Tensor& w
   const c10::impl::ExcludeDispatchKeyGuard once(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType lower = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(lower, t, device); };
-  return row_parallel_linear_op().call(cast(x), cast(weight), cast(bias), group, symmetric, static_weight);
+  const at::Tensor lower_weight = cast(weight);
+  // The promise is of the caller's tensor. A cast is a kernel in flight that writes another.
+  const bool is_static = static_weight && lower_weight.is_same(weight);
+  return row_parallel_linear_op().call(cast(x), lower_weight, cast(bias), group, symmetric, is_static);
 }
 
 constexpr const char* kOtherWriters[] = {"broadcast_", "barrier", "row_parallel_linear_out"};

@@ -24,7 +24,7 @@ TORCH_LIBRARY(sglang_symm, m) {
       "-> (Tensor y, Tensor residual_out)");
   m.def(
       "row_parallel_linear_add_rms_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, "
-      "float eps, str group, bool static_weight=False, bool symmetric=True) -> (Tensor, Tensor)");
+      "float eps, str group, bool static_weight=False, *, bool symmetric=True) -> (Tensor, Tensor)");
   m.def("_row_parallel_linear_reference(Tensor x, Tensor weight, Tensor? bias, str group) -> Tensor");
   m.def("_in_arena(Tensor x, str group) -> bool");
   m.def("_rendezvous(Tensor x, str group) -> int[]");

@@ -1,4 +1,4 @@
-// The functions behind the schemas of library.cpp. Each is documented where Python users see it (sglang_symm/ops.py).
+// The functions behind the schemas of library.cpp. docs/ops.md has what each computes.
 #pragma once
 
 #include <ATen/ATen.h>

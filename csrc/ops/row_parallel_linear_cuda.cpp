@@ -26,12 +26,14 @@ MatrixCuda matrix_of(const at::Tensor& t) {
   return {t.const_data_ptr(), t.size(0), t.size(1), stride};
 }
 
-// Too small an arena makes the call slower, not wrong, and on all ranks alike.
-void warn_small_once(Group& group, const Descriptor& descriptor, const char* what, size_t needed, size_t have,
-                     size_t most) {
-  if (group.counters.warned_slots.exchange(true)) return;
+// Too small an arena makes the call slower, not wrong, and on all ranks alike. Told again when a call needs more.
+void warn_small(Group& group, const Descriptor& descriptor, const char* what, size_t needed, size_t have, size_t most) {
   const size_t arena = dynamic_cast<CollectivesCuda&>(group.collectives()).arena_bytes();
   const size_t enough = (needed + have - 1) / have * arena;
+  size_t told = group.counters.warned_arena.load();
+  while (told < enough && !group.counters.warned_arena.compare_exchange_weak(told, enough)) {
+  }
+  if (told >= enough) return;
   const std::string advice =
       needed > most ? cat("No arena has more than ", most, " of them")
                     : cat(enough, " bytes are enough: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");
@@ -78,7 +80,7 @@ bool decode(const Call& c) {
   const LayoutCuda& layout = c.collectives.layout();
   const size_t slots = slot_bytes(*config, world);
   if (slots > layout.slot_bytes) {
-    warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes, kMaxSlots);
+    warn_small(c.group, c.descriptor, "slots", slots, layout.slot_bytes, kMaxSlots);
     return false;
   }
   const Operands operands(c.x, c.weight);
@@ -119,9 +121,9 @@ bool prefill(const Call& c) {
     const size_t slots = slot_bytes(with_tokens(*config, least, n, world), world);
     const size_t staging = staging_bytes(*config, least, n, world);
     if (slots > layout.slot_bytes) {
-      warn_small_once(c.group, c.descriptor, "slots", slots, layout.slot_bytes, kMaxSlots);
+      warn_small(c.group, c.descriptor, "slots", slots, layout.slot_bytes, kMaxSlots);
     } else {
-      warn_small_once(c.group, c.descriptor, "staging memory", staging, layout.staging_bytes, kMaxStaging);
+      warn_small(c.group, c.descriptor, "staging memory", staging, layout.staging_bytes, kMaxStaging);
     }
     return false;
   }

@@ -349,7 +349,9 @@ class Group:
         torch.ops.sglang_symm._group_check(self.unique_name)
 
     def info(self) -> dict[str, Any]:
-        """Name, device, settings, health, memory, calls by algorithm, outputs inside and outside of the arena."""
+        """Name, device, settings, health, memory, and what was called: ``calls_by_algorithm``; of these ``fused_calls``
+        with a GEMM in the kernel, ``normed_calls`` with a norm; ``outputs_inside``, ``outputs_outside`` of the arena.
+        """
         self._check_usable("info")
         return json.loads(torch.ops.sglang_symm._group_info(self.unique_name))
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,15 @@ def main() -> int:
                 report = Path(args.reports, f"{args.sanitizer}.{rank}.txt")
                 command = [*sanitizer(args.sanitizer, report), *command]
             ranks.append(subprocess.Popen(command, env=env))
-        return max(rank.wait() for rank in ranks)
+        status = max(rank.wait() for rank in ranks)
+    if args.sanitizer:
+        from sglang_symm.bench import commit, launched
+
+        where = f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} of them"
+        told = launched("tests/gpu/small_calls.py", *sys.argv[1:])
+        for report in Path(args.reports).glob(f"{args.sanitizer}.[01].txt"):
+            report.write_text(f"{told}; {date.today()}, {commit()}, {where}\n{report.read_text()}")
+    return status
 
 
 if __name__ == "__main__":

@@ -264,9 +264,12 @@ def test_graphs_replay_among_eager_calls_and_other_ops(shared_group, rank, size)
     group.check()
 
 
-@pytest.mark.parametrize("in_graph", [False, True])
-def test_a_weight_written_by_the_kernel_before_is_read_as_written(shared_group, rank, size, in_graph):
-    cases = [Case(size, 4, 4096, 2048, torch.bfloat16, seed=i) for i in range(3)]
+def check_that_a_weight_is_read_as_written(group, rank, size, m, n, k, writer, in_graph, times):
+    """`all_reduce_`: by a kernel that lets the linear's in while it still writes; behind a copy nothing overlaps."""
+    cases = [Case(size, m, n, k, torch.bfloat16, seed=i) for i in range(3)]
+    if writer == "all_reduce_":
+        for case in cases:
+            case.ws = [case.ws[0]] * size
     wants = [case.expected().view(torch.int16) for case in cases]
     weight, x = torch.zeros_like(cases[0].ws[rank]), torch.zeros_like(cases[0].xs[rank])
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -275,8 +278,12 @@ def test_a_weight_written_by_the_kernel_before_is_read_as_written(shared_group, 
         nonlocal wrong
         for case, want in zip(cases, wants, strict=True):
             x.copy_(case.xs[rank])
-            weight.copy_(case.ws[rank])
-            wrong += (linear(x, weight, None, shared_group).view(torch.int16) != want).sum()
+            if writer == "copy_":
+                weight.copy_(case.ws[rank])
+            else:
+                weight.copy_(case.ws[0]) if rank == 0 else weight.zero_()
+                torch.ops.sglang_symm.all_reduce_(weight, group.unique_name)
+            wrong += (linear(x, weight, None, group).view(torch.int16) != want).sum()
 
     calls()
     torch.cuda.synchronize()
@@ -284,9 +291,16 @@ def test_a_weight_written_by_the_kernel_before_is_read_as_written(shared_group, 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             calls()
-    for _ in range(100):
+    for _ in range(times):
         graph.replay() if in_graph else calls()
     assert wrong.item() == 0
+    group.check()
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("writer", ["copy_", "all_reduce_"])
+def test_a_weight_written_by_the_kernel_before_is_read_as_written(shared_group, rank, size, writer, in_graph):
+    check_that_a_weight_is_read_as_written(shared_group, rank, size, 4, 4096, 2048, writer, in_graph, 100)
 
 
 def test_an_arena_whose_slots_are_too_small_says_how_much_is_needed(make, rank, size, capfd):
@@ -306,6 +320,16 @@ def test_an_arena_whose_slots_are_too_small_says_how_much_is_needed(make, rank, 
     larger = make(arena_bytes=enough)
     assert same(case.call(larger, rank), case.expected())
     assert fused_calls(larger) == 1
+    # A call that needs more is told of, one that needs less is not.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in (16384, 8192):
+            more = Case(size, 64, n, 64, torch.bfloat16)
+            assert same(more.call(group, rank), more.expected())
+    said = [*map(str, (warning.message for warning in caught)), *capfd.readouterr().err.splitlines()]
+    said = [line for line in said if "is not fused" in line]
+    assert len(said) == 1
+    assert int(said[0].split("slower. ")[1].split(" ")[0]) > enough
 
 
 class Place:

@@ -16,6 +16,7 @@ from tests.gpu.test_fused import (
     DTYPES,
     LIMIT,
     Case,
+    check_that_a_weight_is_read_as_written,
     check_that_one_place_serves_all,
     digest,
     fused_calls,
@@ -196,9 +197,9 @@ def test_parts_of_k_that_are_and_are_not_multiples_of_8_are_one_call(group, rank
     assert fused_calls(group) == before + 4 * (m <= 64 or is_fused(size, m))
 
 
-def test_a_result_that_outgrows_the_arena_goes_in_rounds_and_too_small_an_arena_is_told(make, rank, size, capfd):
-    # Between two ranks slots hold all tiles, of 1024 tokens 8 MB; else staging memory holds y.
-    m, n = 4096, 4096
+@pytest.mark.parametrize(("m", "n"), [(4096, 4096), (8192, 2048)])
+def test_a_result_that_outgrows_the_arena_goes_in_rounds_and_too_small_an_arena_is_told(make, rank, size, m, n, capfd):
+    # Between two ranks slots hold all tiles, of 1024 tokens 8 or 4 MB; else staging memory holds y.
     case = Case(size, m, n, 136, torch.bfloat16, bias=True)
     want = case.expected()
     if size > 4:
@@ -207,7 +208,7 @@ def test_a_result_that_outgrows_the_arena_goes_in_rounds_and_too_small_an_arena_
     for _ in range(3):
         assert same(case.call(rounds, rank), want)
     assert fused_calls(rounds) == 3 * is_fused(size, m, n)
-    small = make(arena_bytes=(32 if size == 2 else 64) << 20)
+    small = make(arena_bytes=(32 if size == 2 else 64) * n // 4096 << 20)
     assert same(case.call(small, rank), want)
     assert fused_calls(small) == 0
     told = capfd.readouterr().err
@@ -259,29 +260,10 @@ def test_graphs_replay_among_eager_calls_and_other_ops(group, rank, size):
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("writer", ["copy_", "all_reduce_"])
 @pytest.mark.parametrize("m", [500, 1400])
-def test_a_weight_written_by_the_kernel_before_is_read_as_written(group, rank, size, m, in_graph):
-    cases = [Case(size, m, WIDE, 520, torch.bfloat16, seed=i) for i in range(3)]
-    wants = [case.expected().view(torch.int16) for case in cases]
-    weight, x = torch.zeros_like(cases[0].ws[rank]), torch.zeros_like(cases[0].xs[rank])
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-
-    def calls():
-        nonlocal wrong
-        for case, want in zip(cases, wants, strict=True):
-            x.copy_(case.xs[rank])
-            weight.copy_(case.ws[rank])
-            wrong += (linear(x, weight, None, group).view(torch.int16) != want).sum()
-
-    calls()
-    torch.cuda.synchronize()
-    if in_graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            calls()
-    for _ in range(30):
-        graph.replay() if in_graph else calls()
-    assert wrong.item() == 0
+def test_a_weight_written_by_the_kernel_before_is_read_as_written(group, rank, size, m, writer, in_graph):
+    check_that_a_weight_is_read_as_written(group, rank, size, m, WIDE, 520, writer, in_graph, 30)
 
 
 def test_a_weight_in_the_place_of_another_is_read_by_its_own_shape_stride_and_dtype(group, rank, size):

@@ -74,14 +74,14 @@ def two_kernels(world):
     yield from module_group("two_shot")
 
 
-def fused_calls(group):
-    return group.info()["fused_calls"]
+def normed_calls(group):
+    return group.info()["normed_calls"]
 
 
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_one_kernel_and_two_give_the_bits_of_the_composition(one_kernel, two_kernels, rank, size, dtype, columns):
-    before = fused_calls(one_kernel)
+    before = normed_calls(one_kernel)
     for rows in ROWS:
         case = Case(size, [rows, columns], dtype, seed=rows)
         hidden = case.hidden()
@@ -94,8 +94,8 @@ def test_one_kernel_and_two_give_the_bits_of_the_composition(one_kernel, two_ker
             assert all(same_bits(a, b) for a, b in zip(case.call(one_kernel, rank), fused, strict=True))
     most = one_kernel.info()["settings"]["slot_bytes"] // size
     fits = sum(size == 1 or rows * -(-columns * dtype.itemsize // 16) * 16 <= most for rows in ROWS)
-    assert fused_calls(one_kernel) - before == 3 * fits
-    assert fused_calls(two_kernels) == 0
+    assert normed_calls(one_kernel) - before == 3 * fits
+    assert normed_calls(two_kernels) == 0
     crc = zlib.crc32(fused[0].contiguous().view(torch.uint8).numpy().tobytes())
     assert len(set(gather_objects(crc))) == 1
 
