@@ -263,7 +263,9 @@ def test_graphs_replay_among_eager_calls_and_other_ops(group, rank, size):
 @pytest.mark.parametrize("writer", ["copy_", "all_reduce_"])
 @pytest.mark.parametrize("m", [500, 1400])
 def test_a_weight_written_by_the_kernel_before_is_read_as_written(group, rank, size, m, writer, in_graph):
-    check_that_a_weight_is_read_as_written(group, rank, size, m, WIDE, 520, writer, in_graph, 30)
+    # A weight so small that its all-reduce leaves SMs to the linear: there is no room for both on one.
+    k = 520 if writer == "copy_" else 40
+    check_that_a_weight_is_read_as_written(group, rank, size, m, WIDE, k, writer, in_graph, 30)
 
 
 def test_a_weight_in_the_place_of_another_is_read_by_its_own_shape_stride_and_dtype(group, rank, size):
