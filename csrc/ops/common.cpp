@@ -19,6 +19,10 @@ void rethrow(const Error& error) {
   }
 }
 
+std::string dtype_name(at::ScalarType dtype) {
+  return cat("torch.", c10::getDtypeNames(dtype).first);
+}
+
 DType to_dtype(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
@@ -120,7 +124,7 @@ void reduce_into(Group& group, Descriptor descriptor, const at::Tensor& x, const
   const ReduceOp reduction = mean ? ReduceOp::sum : descriptor.reduce_op();
   descriptor.flags = static_cast<uint8_t>((descriptor.flags & ~7) | static_cast<uint8_t>(reduction));
   if (mean && !at::isFloatingType(x.scalar_type()) && !at::isComplexType(x.scalar_type())) {
-    fail(ErrorKind::argument, name(descriptor.op), ": avg of ", x.scalar_type(), ", expected a floating dtype");
+    fail(ErrorKind::argument, name(descriptor.op), ": avg of ", dtype_name(x), ", expected a floating dtype");
   }
   check_reducible(group, descriptor);
   const bool native = natively_reduced(descriptor.dtype, reduction);

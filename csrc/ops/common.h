@@ -25,6 +25,12 @@ auto guarded(const Body& body) {
   }
 }
 
+// As users write it: torch.float32.
+std::string dtype_name(at::ScalarType dtype);
+inline std::string dtype_name(const at::Tensor& t) {
+  return dtype_name(t.scalar_type());
+}
+
 // The stream that this thread's work on the group's device goes to now; null on the CPU.
 #ifdef SGLANG_SYMM_WITH_CUDA
 Stream current_stream(const Group& group);

@@ -113,7 +113,7 @@ at::Tensor empty(at::SymIntArrayRef size, const std::string& name, at::ScalarTyp
       fail(ErrorKind::argument, "empty: group '", name,
            "' has communicator 'process_group', hence no symmetric memory");
     }
-    if (c10::isQIntType(dtype)) fail(ErrorKind::argument, "empty: expected a plain dtype, got ", dtype);
+    if (c10::isQIntType(dtype)) fail(ErrorKind::argument, "empty: expected a plain dtype, got ", dtype_name(dtype));
     const auto options = at::TensorOptions().dtype(dtype).device(device);
     const size_t bytes = checked_bytes(sizes, options.dtype().itemsize(), "empty");
     return wrap_block(group->allocate_output(bytes, /*required=*/true, current_stream(*group)), bytes, sizes, options);
@@ -162,7 +162,8 @@ at::Tensor peer_view(const std::string& name, int64_t peer, int64_t offset, at::
     if (peer < 0 || peer >= group->world_size()) {
       fail(ErrorKind::argument, "rank ", peer, " in group '", name, "' of ", group->world_size(), " ranks");
     }
-    if (c10::isQIntType(dtype)) fail(ErrorKind::argument, "a peer's view: expected a plain dtype, got ", dtype);
+    if (c10::isQIntType(dtype))
+      fail(ErrorKind::argument, "a peer's view: expected a plain dtype, got ", dtype_name(dtype));
     const auto options = at::TensorOptions().dtype(dtype).device(at::Device(group->config().device));
     const auto bytes = static_cast<int64_t>(checked_bytes(size, options.dtype().itemsize(), "peer view"));
     const int64_t arena_bytes = static_cast<int64_t>(group->arena()->bytes());
@@ -171,7 +172,7 @@ at::Tensor peer_view(const std::string& name, int64_t peer, int64_t offset, at::
            arena_bytes, " bytes");
     }
     if (offset % static_cast<int64_t>(options.dtype().itemsize()) != 0) {
-      fail(ErrorKind::argument, "offset ", offset, " is no multiple of the size of ", dtype);
+      fail(ErrorKind::argument, "offset ", offset, " is no multiple of the size of ", dtype_name(dtype));
     }
     // The view keeps the arena mapped, not the peer's block alive: that is the peer's to do.
     // A peer's GPU memory is used from this rank's device, whatever device it lies on.

@@ -20,18 +20,18 @@ Shapes checked_shapes(const at::Tensor& x, const at::Tensor& weight, const std::
          weight.sizes());
   }
   if (weight.scalar_type() != x.scalar_type() || weight.device() != x.device()) {
-    fail(ErrorKind::argument, op, ": expected x and weight of one dtype and device, got ", x.scalar_type(), " on ",
-         x.device().str(), " and ", weight.scalar_type(), " on ", weight.device().str());
+    fail(ErrorKind::argument, op, ": expected x and weight of one dtype and device, got ", dtype_name(x), " on ",
+         x.device().str(), " and ", dtype_name(weight), " on ", weight.device().str());
   }
   if (!at::isFloatingType(x.scalar_type())) {
-    fail(ErrorKind::argument, op, ": expected a floating dtype, got ", x.scalar_type());
+    fail(ErrorKind::argument, op, ": expected a floating dtype, got ", dtype_name(x));
   }
   if (bias && bias->defined()) {
     if (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->scalar_type() != x.scalar_type() ||
         bias->device() != x.device()) {
-      fail(ErrorKind::argument, op, ": expected bias [", weight.size(0), "] of ", x.scalar_type(), " on ",
-           x.device().str(), " (the whole of it on every rank), got ", bias->sizes(), " of ", bias->scalar_type(),
-           " on ", bias->device().str());
+      fail(ErrorKind::argument, op, ": expected bias [", weight.size(0), "] of ", dtype_name(x), " on ",
+           x.device().str(), " (the whole of it on every rank), got ", bias->sizes(), " of ", dtype_name(*bias), " on ",
+           bias->device().str());
     }
   }
   std::vector<int64_t> output = x.sizes().vec();
@@ -110,9 +110,9 @@ void check_norm(const at::Tensor& residual, const at::Tensor& norm_weight, at::I
       norm_weight.size(0) != expected.back() || residual.scalar_type() != dtype || norm_weight.scalar_type() != dtype ||
       residual.device() != device || norm_weight.device() != device || !at::isFloatingType(dtype)) {
     fail(ErrorKind::argument, op, ": expected residual ", expected, " and norm weight [",
-         expected.empty() ? 0 : expected.back(), "] of ", dtype, " (a floating dtype) on ", device.str(), ", got ",
-         residual.sizes(), " of ", residual.scalar_type(), " on ", residual.device().str(), " and ",
-         norm_weight.sizes(), " of ", norm_weight.scalar_type(), " on ", norm_weight.device().str());
+         expected.empty() ? 0 : expected.back(), "] of ", dtype_name(dtype), " (a floating dtype) on ", device.str(),
+         ", got ", residual.sizes(), " of ", dtype_name(residual), " on ", residual.device().str(), " and ",
+         norm_weight.sizes(), " of ", dtype_name(norm_weight), " on ", norm_weight.device().str());
   }
 }
 
@@ -139,7 +139,7 @@ void row_parallel_linear_out(const at::Tensor& x, const at::Tensor& weight, cons
     if (out.sizes() != at::IntArrayRef(shapes.output) || out.scalar_type() != x.scalar_type() ||
         out.device() != x.device() || !out.is_contiguous()) {
       fail(ErrorKind::argument, "row_parallel_linear_out: expected a contiguous out ", at::IntArrayRef(shapes.output),
-           " of ", x.scalar_type(), " on ", x.device().str(), ", got ", out.sizes(), " of ", out.scalar_type(), " on ",
+           " of ", dtype_name(x), " on ", x.device().str(), ", got ", out.sizes(), " of ", dtype_name(out), " on ",
            out.device().str(), out.is_contiguous() ? "" : ", not contiguous");
     }
     for (const at::Tensor& other : {x, weight, defined_bias(bias)}) {

@@ -84,15 +84,10 @@ SEVERAL_RANKS = {
     "sum that nobody does": lambda g, n: OPS.all_reduce(torch.ones(3, dtype=torch.int16), g),
     "product of complex numbers": lambda g, n: OPS.all_reduce(torch.ones(3, dtype=torch.complex64), g, "product"),
 }
-# PyTorch's names of dtypes and layouts in C++ and in Python.
+# Layouts, and dtypes in sentences about calls, have names of their own in C++.
 TORCH_NAMES = [
-    ("torch.float32", "Float"),
-    ("torch.float64", "Double"),
-    ("torch.float16", "Half"),
-    ("torch.int32", "Int"),
-    ("torch.int64", "Long"),
-    ("torch.int16", "int16"),
-    ("torch.complex64", "complex64"),
+    ("product of torch.", "product of "),
+    ("sum of torch.", "sum of "),
     ("torch.sparse_coo", "Sparse"),
 ]
 
