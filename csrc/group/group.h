@@ -54,7 +54,8 @@ struct Counters {
   std::atomic<uint64_t> fused{0};   // of `calls`: the reduction in one kernel with a GEMM
   std::atomic<uint64_t> normed{0};  // of `calls`: in one kernel with a norm
   std::atomic<bool> warned_full{false};
-  std::atomic<size_t> warned_arena{0};  // bytes: calls that need no more are not told of again
+  std::atomic<size_t> warned_arena{0};   // bytes: calls that need no more are not told of again
+  std::atomic<bool> warned_none{false};  // that there are calls for which no arena is large enough
 };
 
 class Group {

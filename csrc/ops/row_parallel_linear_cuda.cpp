@@ -30,10 +30,14 @@ MatrixCuda matrix_of(const at::Tensor& t) {
 void warn_small(Group& group, const Descriptor& descriptor, const char* what, size_t needed, size_t have, size_t most) {
   const size_t arena = dynamic_cast<CollectivesCuda&>(group.collectives()).arena_bytes();
   const size_t enough = (needed + have - 1) / have * arena;
-  size_t told = group.counters.warned_arena.load();
-  while (told < enough && !group.counters.warned_arena.compare_exchange_weak(told, enough)) {
+  if (needed > most) {
+    if (group.counters.warned_none.exchange(true)) return;
+  } else {
+    size_t told = group.counters.warned_arena.load();
+    while (told < enough && !group.counters.warned_arena.compare_exchange_weak(told, enough)) {
+    }
+    if (told >= enough) return;
   }
-  if (told >= enough) return;
   const std::string advice =
       needed > most ? cat("No arena has more than ", most, " of them")
                     : cat(enough, " bytes are enough: arena_bytes= when the group is made, or SGLANG_SYMM_ARENA_BYTES");

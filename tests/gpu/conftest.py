@@ -79,3 +79,13 @@ def shared_group(shared_groups: list[Group]) -> Group:
         shared_groups[0].destroy()
         shared_groups[0] = new_shared_group()
     return shared_groups[0]
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Else the library, which multiplies what the copy engine does not take, may add up parts of k in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    before = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    yield
+    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before

@@ -174,6 +174,8 @@ def main() -> int:
         raise SystemExit("small_calls: expected one GPU or two, torch sees none (nvidia-smi tells why)")
     if args.sanitizer:
         Path(args.reports).mkdir(parents=True, exist_ok=True)  # else it writes none, and says nothing
+        for old in Path(args.reports).glob(f"{args.sanitizer}.[01].txt"):
+            old.unlink()
     env: dict[str, Any] = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []

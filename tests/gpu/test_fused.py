@@ -31,16 +31,6 @@ def fused_world(size):
         pytest.skip("the fused kernel is for 2, 4 and 8 ranks")
 
 
-@pytest.fixture
-def exact_products():
-    """Else the library, which multiplies what the copy engine does not take, may add up parts of k in 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    before = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
-    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
-    yield
-    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
-
-
 def integers(shape, dtype, seed, most=8):
     generator = torch.Generator("cuda").manual_seed(seed)
     return torch.randint(-most, most + 1, shape, generator=generator, device="cuda").to(dtype)

@@ -260,12 +260,12 @@ def test_an_end_while_mpi_runs_ends_mpi_too(tmp_path: Path, number: signal.Signa
     bench = Process(command, ["bench", *words], env=environment)
     deadline = time.monotonic() + 120
     while not child.exists():
-        assert bench.poll() is None
+        assert bench.poll() is None, bench.communicate(timeout=1)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     bench.send_signal(number)
-    bench.communicate(timeout=60)
-    assert bench.returncode == code
+    _, err = bench.communicate(timeout=60)
+    assert bench.returncode == code, err
     pid = int(child.read_text())
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline

@@ -66,17 +66,16 @@ void Cta::work() {
     makecontext(&fiber.begin, reinterpret_cast<void (*)()>(&Cta::enter), 2, static_cast<unsigned>(bits),
                 static_cast<unsigned>(bits >> 32));
   }
-  Machine& machine = Machine::now();
-  machine.back_.release();
+  Machine::now().back_.release();
   for (;;) {
     go_.acquire();
     if (leave_) return;
     Cta* next = this;
     while (next == this) {
       run_slices();
-      next = machine.next_behind_a_cta();
+      next = Machine::now().next_behind_a_cta();
     }
-    (next == nullptr ? machine.back_ : next->go_).release();
+    (next == nullptr ? Machine::now().back_ : next->go_).release();
   }
 }
 
@@ -91,7 +90,7 @@ void Cta::run_slices() {
     running = fiber;
     resume(fiber);
     running = nullptr;
-    if (fiber->ended && --live == 0) Machine::now().look_at_grids();
+    if (fiber->ended && --live == 0) Machine::now().grids_changed();
   }
   Machine::now().steps_ += slices_;
 }
@@ -161,7 +160,7 @@ void Machine::launch(Stream* stream, std::unique_ptr<Grid> grid) {
   if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) streams_.push_back(stream);
   grid->stream = stream;
   stream->grids.push_back(std::move(grid));
-  look_at_grids();
+  grids_changed();
 }
 
 void Machine::start_and_end_grids() {
@@ -228,9 +227,14 @@ void Machine::run(uint64_t most) {
 }
 
 // CTAs hand the processor to each other, which is one thread less to wake.
-Cta* Machine::next_behind_a_cta() try { return failure_.empty() ? next() : nullptr; } catch (...) {
-  error_ = std::current_exception();
-  return nullptr;
+Cta* Machine::next_behind_a_cta() {
+  if (!failure_.empty()) return nullptr;
+  try {
+    return next();
+  } catch (...) {
+    error_ = std::current_exception();
+    return nullptr;
+  }
 }
 
 Cta* Machine::next() {

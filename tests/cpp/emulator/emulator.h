@@ -202,7 +202,8 @@ class Machine {
   }
   uint64_t time_ns() const { return 1'000'000 + steps_ * kStepNs; }
   void wake(Fiber* fiber) { fiber->cta->ready.push_back(fiber); }
-  void look_at_grids() { grids_change_ = true; }           // a CTA has ended, or lets the next kernel in
+  // A kernel is launched, a CTA has ended or lets the next kernel in.
+  void grids_changed() { grids_change_ = true; }
   void fail(const std::string& what) { failure_ = what; }  // run() throws it
 
   std::byte* take_stack();
@@ -210,7 +211,7 @@ class Machine {
 
  private:
   void start_and_end_grids();
-  Cta* next();                   // nobody: run() has to do something, or all is done
+  Cta* next();                   // nullptr: run() must look at the grids, or all is done
   Cta* next_behind_a_cta();      // the same, on a CTA's thread
   std::string describe() const;  // who waits
   friend class Cta;

@@ -46,8 +46,9 @@ inline void wait_for_previous_kernel() {
   emulator::block();
 }
 inline void let_next_kernel_in() {
-  emulator::self().cta->lets_next_in = true;
-  emulator::Machine::now().look_at_grids();
+  bool& lets = emulator::self().cta->lets_next_in;
+  if (!lets) emulator::Machine::now().grids_changed();
+  lets = true;
 }
 inline void make_now(uint32_t) {}
 
