@@ -47,7 +47,8 @@ FAILURES = "tests/gpu/test_failures.py -k "
 FUSED_TEST = "tests/gpu/test_fused.py -k "
 NORM_TEST = "tests/gpu/test_norm.py -k 'composition and bfloat16 and 576'"
 PREFILL = "fused/prefill_sm90.cu"
-MANY_TOKENS = "tests/gpu/test_fused_prefill.py -k 'every_number and bfloat16'"
+PREFILL_TEST = "tests/gpu/test_fused_prefill.py -k "
+MANY_TOKENS = PREFILL_TEST + "'every_number and bfloat16'"
 TOKENS = FUSED_TEST + "'every_number and bfloat16 and 2120'"
 FUSED_IN_A_ROW = FUSED_TEST + "'random_calls'"
 
@@ -322,7 +323,7 @@ MUTANTS = [
         PREFILL,
         "args.share = config.share;",
         "args.share = config.share;\n  args.static_weight = args.partial == nullptr;",
-        "tests/gpu/test_fused_prefill.py -k 'written_by_the_kernel and all_reduce_'",
+        PREFILL_TEST + "'written_by_the_kernel and all_reduce_'",
         (PREFILL,),
     ),
     CudaMutant(

@@ -172,18 +172,18 @@ def main() -> int:
 
     if torch.cuda.device_count() == 0:
         raise SystemExit("small_calls: expected one GPU or two, torch sees none (nvidia-smi tells why)")
+    reports = [Path(args.reports, f"{args.sanitizer}.{rank}.txt") for rank in (0, 1)]
     if args.sanitizer:
         Path(args.reports).mkdir(parents=True, exist_ok=True)  # else it writes none, and says nothing
-        for old in Path(args.reports).glob(f"{args.sanitizer}.[01].txt"):
-            old.unlink()
+        for report in reports:
+            report.unlink(missing_ok=True)
     env: dict[str, Any] = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
-        for rank in (0, 1):
+        for rank, report in enumerate(reports):
             command = [sys.executable, __file__, "--rank", str(rank), f"{folder}/store"]
             command += ["--only", args.only] if args.only else []
             if args.sanitizer:
-                report = Path(args.reports, f"{args.sanitizer}.{rank}.txt")
                 command = [*sanitizer(args.sanitizer, report), *command]
             ranks.append(subprocess.Popen(command, env=env))
         status = max(rank.wait() for rank in ranks)
@@ -192,7 +192,7 @@ def main() -> int:
 
         where = f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} of them"
         told = launched("tests/gpu/small_calls.py", *sys.argv[1:])
-        for report in Path(args.reports).glob(f"{args.sanitizer}.[01].txt"):
+        for report in filter(Path.exists, reports):
             report.write_text(f"{told}; {date.today()}, {commit()}, {where}\n{report.read_text()}")
     return status
 

@@ -293,6 +293,16 @@ def test_a_weight_written_by_the_kernel_before_is_read_as_written(shared_group, 
     check_that_a_weight_is_read_as_written(shared_group, rank, size, 4, 4096, 2048, writer, in_graph, 100)
 
 
+def said_not_fused(caught, capfd):
+    """torch shows warnings of ops as Python warnings or on stderr, by the way the op was called."""
+    said = [*map(str, (warning.message for warning in caught)), *capfd.readouterr().err.splitlines()]
+    return [line for line in said if "is not fused" in line]
+
+
+def bytes_that_are_enough(line):
+    return int(line.split("slower. ")[1].split(" ")[0])
+
+
 def test_an_arena_whose_slots_are_too_small_says_how_much_is_needed(make, rank, size, capfd):
     group = make(arena_bytes=4 << 20)
     case = Case(size, 64, 8192, 64, torch.bfloat16)
@@ -300,13 +310,11 @@ def test_an_arena_whose_slots_are_too_small_says_how_much_is_needed(make, rank, 
         warnings.simplefilter("always")
         for _ in range(2):
             assert same(case.call(group, rank), case.expected())
-    # torch shows warnings of ops as Python warnings or on stderr, by the way the op was called.
-    said = [*map(str, (warning.message for warning in caught)), *capfd.readouterr().err.splitlines()]
-    said = [line for line in said if "is not fused" in line]
+    said = said_not_fused(caught, capfd)
     assert len(said) == 1
     assert "bytes are enough" in said[0]
     assert fused_calls(group) == 0
-    enough = int(said[0].split("slower. ")[1].split(" ")[0])
+    enough = bytes_that_are_enough(said[0])
     larger = make(arena_bytes=enough)
     assert same(case.call(larger, rank), case.expected())
     assert fused_calls(larger) == 1
@@ -316,10 +324,9 @@ def test_an_arena_whose_slots_are_too_small_says_how_much_is_needed(make, rank, 
         for n in (16384, 8192):
             more = Case(size, 64, n, 64, torch.bfloat16)
             assert same(more.call(group, rank), more.expected())
-    said = [*map(str, (warning.message for warning in caught)), *capfd.readouterr().err.splitlines()]
-    said = [line for line in said if "is not fused" in line]
+    said = said_not_fused(caught, capfd)
     assert len(said) == 1
-    assert int(said[0].split("slower. ")[1].split(" ")[0]) > enough
+    assert bytes_that_are_enough(said[0]) > enough
 
 
 class Place:
